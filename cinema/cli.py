@@ -1,0 +1,400 @@
+"""The command line: `cinema write`, `movie`, `plan`, `animate`, `curate`, `train`, `toyworld`, `evaluate`, `doctor`.
+
+Everything heavy is imported inside the commands, so `cinema --help` answers at once; a command whose module is
+not there is not offered. Results go to standard output, progress and messages to standard error. Exit codes:
+0 done, 1 the user can mend it (one sentence, no traceback; CINEMA_DEBUG=1 shows it), 2 wrong usage, 3 some films
+could not be curated.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from cinema import config
+from cinema.errors import UserError
+from cinema.files import write_json
+from cinema.story import Story, load_story, save_story
+
+STORYLINE_SUFFIXES = (".txt", ".md")
+
+Preset = Annotated[str | None, typer.Option(help="toy, small or flux; CINEMA_PRESET if not given, else toy.")]
+Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
+Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
+FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
+
+
+class AnnotatorName(StrEnum):
+    """Who writes the captions of a curated film."""
+
+    truth = "truth"
+    vision = "vision"
+    none = "none"
+
+
+# --- commands ---
+
+
+def write(
+    storyline: Annotated[Path, typer.Argument(help="A text file: what happens, in plain English.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The story to write, .yaml.")],
+    title: Annotated[str | None, typer.Option(help="Title of the story.")] = None,
+) -> None:
+    """Turn a storyline in plain English into a story, and say what was understood."""
+    story = _written(storyline, title, Console(highlight=False))
+    save_story(story, out)
+    _say(f"{out}: {_count(story.shots, 'shot')}, {_count(story.cast, 'character')}, {_count(story.sets, 'set')}")
+
+
+def movie(
+    story: StoryFile,
+    out: FilmFile,
+    preset: Preset = None,
+    seed: Seed = 0,
+    workdir: Annotated[Path | None, typer.Option(help="Keep what is in between here, and go on from it.")] = None,
+    json: Json = None,
+) -> None:
+    """Make a film from a story: plan its keyframes, animate its shots, join them."""
+    script, chosen = _story(story), config.preset(preset)
+    from cinema.movie import make_movie
+
+    with _progress() as tell:
+        result = make_movie(script, out, chosen, seed, workdir, tell)
+    _figures(result, json)
+    _say(f"{out}: {_count(script.shots, 'shot')}")
+
+
+def plan(story: StoryFile, out: Folder, preset: Preset = None, seed: Seed = 0) -> None:
+    """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
+    script, chosen = _story(story), config.preset(preset)
+    from cinema.movie import plan_storyboard
+
+    with _progress() as tell:
+        plan_storyboard(script, out, chosen, seed, tell)
+    _say(f"{out}: {_count(script.shots, 'keyframe')}")
+
+
+def animate(
+    storyboard: Annotated[Path, typer.Argument(help="A folder that `cinema plan` wrote.")],
+    out: FilmFile,
+    preset: Preset = None,
+    seed: Seed = 0,
+) -> None:
+    """Make a film from a planned storyboard."""
+    chosen = config.preset(preset)
+    from cinema.movie import animate_storyboard
+
+    with _progress() as tell:
+        animate_storyboard(storyboard, out, chosen, seed, tell)
+    _say(f"{out}: written")
+
+
+def curate(
+    films: Annotated[list[Path], typer.Argument(help="Film files.")],
+    out: Folder,
+    annotator: Annotated[AnnotatorName, typer.Option(help="Who writes captions.")] = AnnotatorName.none,
+    cast: Annotated[Path | None, typer.Option(help="A story whose cast the vision annotator may name.")] = None,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Turn films into shots, keyframes and captions on disk; what is broken is reported and skipped."""
+    chosen = config.preset(preset)
+    people = load_story(cast).cast if cast else []
+    from cinema import curation
+
+    makers: dict[str, Callable[[], curation.Annotator]] = {
+        "truth": curation.GroundTruthAnnotator,
+        "vision": lambda: curation.VisionAnnotator(people),
+        "none": curation.NoAnnotator,
+    }
+    writer, height = makers[annotator.value](), chosen.keyframes.height
+    with _progress() as tell:
+        report = curation.curate(films, out, annotator=writer, height=height, on_progress=tell)
+    rows = [(str(f.film), f.status, f.shots, f.kept, f.reason) for f in report.films]
+    _table(("film", "status", "shots", "kept", "reason"), rows)
+    _save(report, json)
+    if report.failed:
+        _say(f"{len(report.failed)} of {len(report.films)} films could not be curated; the table says why")
+        raise typer.Exit(3)
+
+
+def train(
+    settings: Annotated[Path, typer.Argument(metavar="CONFIG", help="A training configuration in YAML.")],
+    out: Folder,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+) -> None:
+    """Train a model; a run that was stopped goes on with --resume and ends as if it never had been."""
+    if not settings.is_file():
+        raise UserError(f"{settings}: there is no such file; give the path of a training configuration in YAML")
+    from cinema import training
+
+    with _progress() as tell:
+        training.train(settings, out, resume, tell)
+    _say(f"{out}: trained")
+
+
+def toyworld(
+    out: Folder,
+    films: Annotated[int, typer.Option(help="How many films.", min=1)] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Write films of the toy world, with their ground truth beside them."""
+    from cinema.toyworld.film import write_films
+
+    with _progress() as tell:
+        write_films(films, seed, out, tell)
+    _say(f"{out}: {_count(range(films), 'film')}")
+
+
+def evaluate(
+    stories: Annotated[int, typer.Option(help="How many held-out stories.", min=1)] = 20,
+    shots: Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)] = 8,
+    preset: Preset = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Plan held-out toy stories and read from the pixels whether sets, looks and positions are as captioned."""
+    chosen = config.preset(preset)
+    from cinema.evaluation import evaluate_stories
+
+    with _progress() as tell:
+        figures = evaluate_stories(chosen, stories, shots, seed, tell)
+    _figures(figures, json)
+
+
+def doctor(json: Json = None) -> None:
+    """Say what this machine can run."""
+    _figures({**_machine(), **_weights(), **_services()}, json)
+
+
+# --- what the doctor looks at ---
+
+
+def _machine() -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = {"python": platform.python_version(), "cpu cores": str(cores), "memory": f"{_memory() / 2**30:.1f} GiB"}
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return {**facts, "torch": f"not usable ({error})", "device": "none"}
+    facts["torch"] = torch.__version__
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return {**facts, "device": f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB"}
+    return {**facts, "device": "mps" if torch.backends.mps.is_available() else "cpu"}
+
+
+def _memory() -> int:
+    """Bytes of memory: the machine's, or the container's if that is less."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a Unix
+        return 0
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _weights() -> dict[str, str]:
+    """Preset -> whether its weights are here, in a folder or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def here(name: str) -> bool:
+        if Path(name).is_absolute() or Path(name).is_dir():
+            return (Path(name) / "model_index.json").is_file()
+        return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+
+    facts = {}
+    for name in config.PRESETS:
+        chosen = config.preset(name)
+        parts = {"keyframes": chosen.keyframes.weights, "video": chosen.video.weights}
+        missing = [f"{part} ({where})" for part, where in parts.items() if not here(where)]
+        facts[f"preset {name}"] = f"weights missing: {', '.join(missing)}" if missing else "weights present"
+    return facts
+
+
+def _services() -> dict[str, str]:
+    import av
+
+    def offers(codec: str, mode: Any) -> bool:
+        try:
+            av.codec.Codec(codec, mode)
+        except ValueError:  # PyAV's UnknownCodecError
+            return False
+        return True
+
+    reads = [c for c in ("h264", "hevc", "vp9", "av1") if offers(c, "r")]
+    writes = [c for c in ("libx264", "libx265", "libvpx-vp9", "libsvtav1") if offers(c, "w")]
+    # the address may hold a password, so it is not shown
+    model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")
+    endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
+    codecs = f"reads {', '.join(reads) or 'none'}; writes {', '.join(writes) or 'none'}"
+    return {"language model": endpoint, "video codecs": codecs}
+
+
+# --- stories in, figures out ---
+
+
+def _story(path: Path) -> Story:
+    if path.suffix.lower() in STORYLINE_SUFFIXES:
+        return _written(path, None, Console(stderr=True, highlight=False))
+    return load_story(path)
+
+
+def _written(path: Path, title: str | None, console: Console) -> Story:
+    from cinema.writer import write_story
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a readable text file"
+        raise UserError(f"{path}: {reason}; give the path of a storyline in plain English") from None
+    written = write_story(text, title)
+    for heading, lines in (("Understood", written.understood), ("Left out", written.left_out)):
+        if lines:
+            console.print(f"{heading}:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
+    return written.story
+
+
+def _figures(result: Any, path: Path | None) -> None:
+    """Show figures as a table, nested ones by dotted names, and save them."""
+    plain = _plain(result)
+    if isinstance(plain, Mapping):
+        _table(("what", "value"), list(_flat(plain)))
+    _save(plain, path)
+
+
+def _flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: dataclasses as objects, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _save(result: Any, path: Path | None) -> None:
+    if path:
+        write_json(path, _plain(result))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.text import Text  # captions and file names are data: never read as markup
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on standard error, moved by calling (done, total, message)."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, message: bar.update(task, completed=done, total=total, description=message)
+
+
+# --- the program ---
+
+_COMMANDS: dict[Callable[..., None], str] = {  # command -> the module it needs
+    write: "cinema.writer",
+    movie: "cinema.movie",
+    plan: "cinema.movie",
+    animate: "cinema.movie",
+    curate: "cinema.curation",
+    train: "cinema.training",
+    toyworld: "cinema.toyworld.film",
+    evaluate: "cinema.evaluation",
+    doctor: "cinema.config",
+}
+
+
+def make_app() -> typer.Typer:
+    """The program with the commands whose modules are there."""
+    app = typer.Typer(name="cinema", add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_about)
+    for command, module in _COMMANDS.items():
+        spec = find_spec(module)
+        if spec and spec.origin:  # a folder without code has no origin
+            app.command()(command)
+    return app
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        print(f"cinema {importlib.metadata.version('cinema')}")
+        raise typer.Exit
+    return wanted
+
+
+def _about(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """From a storyline to a short movie."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code (see the module's text). `arguments` default to the command line's."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = make_app()(given, prog_name="cinema", standalone_mode=False) or 0
+    except TyperException as error:
+        return _fail(f"{error.format_message().rstrip('.')}; `cinema --help` shows what there is", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        if os.environ.get("CINEMA_DEBUG"):
+            raise
+        return _fail(_sentence(error), 1)
+    return _fail("stopped; the same command goes on from here", 1) if code == 130 else int(code)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename2 or error.filename or 'file'}: {error.strerror.lower()}; free or choose another place"
+    return f"{type(error).__name__}: {error}; set CINEMA_DEBUG=1 to see where it comes from"
+
+
+def _fail(message: str, code: int) -> int:
+    _say(" ".join(message.split()))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

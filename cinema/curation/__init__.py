@@ -1,0 +1,32 @@
+"""Curation: a film file becomes shots, one keyframe and one caption per shot, and a Parquet file that is a `Story`.
+
+The order of the steps is the paper's: cuts (PySceneDetect), the middle frame of each shot, black borders
+removed, centre crop 2:1, resize to a fixed short side, captions that name characters by tags.
+"""
+
+from cinema.curation.annotate import (
+    Annotator,
+    Caption,
+    GroundTruthAnnotator,
+    NoAnnotator,
+    VisionAnnotator,
+)
+from cinema.curation.run import CurationReport, FilmReport, curate, curate_film
+from cinema.curation.store import CuratedFilm, CuratedShot, StoppedError, read_film, story_of
+
+__all__ = [
+    "Annotator",
+    "Caption",
+    "CuratedFilm",
+    "CuratedShot",
+    "CurationReport",
+    "FilmReport",
+    "GroundTruthAnnotator",
+    "NoAnnotator",
+    "StoppedError",
+    "VisionAnnotator",
+    "curate",
+    "curate_film",
+    "read_film",
+    "story_of",
+]

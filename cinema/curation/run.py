@@ -1,0 +1,254 @@
+"""The run: films in, Parquet files out; what is finished is skipped, what is broken is named and costs only itself."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cinema.config import preset
+from cinema.curation.annotate import Annotator
+from cinema.curation.film import Film, FrameReader, probe
+from cinema.curation.frames import Box, find_borders, is_blank, keyframe_image, to_jpeg
+from cinema.curation.shots import DETECTORS, SHORTEST_SHOT, Timeline, find_shots
+from cinema.curation.store import (
+    STORE_VERSION,
+    CuratedFilm,
+    CuratedShot,
+    StoppedError,
+    fingerprint,
+    read_done,
+    write_done,
+    write_film,
+)
+from cinema.errors import UserError
+
+TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
+PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
+
+
+@dataclass(frozen=True)
+class FilmReport:
+    """What became of one film.
+
+    Attributes:
+        film: the file.
+        status: "ok", "partial" (used, but some of it is missing or broken) or "failed".
+        shots, kept: rows written, and how many of them are fit for training.
+        reason: for partial and failed, one sentence.
+        skipped: an earlier run had finished it.
+    """
+
+    film: Path
+    status: str
+    shots: int = 0
+    kept: int = 0
+    reason: str = ""
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class CurationReport:
+    """What became of all films, in the order given."""
+
+    films: list[FilmReport]
+
+    @property
+    def failed(self) -> list[FilmReport]:
+        """Films that gave nothing."""
+        return [f for f in self.films if f.status == "failed"]
+
+
+def curate(
+    films: Sequence[Path],
+    out: Path,
+    *,
+    annotator: Annotator,
+    height: int | None = None,
+    detector: str = "content",
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> CurationReport:
+    """Curate films into a folder; the same command goes on where it was killed and ends with the same bytes.
+
+    Args:
+        films: film files, each with a name of its own.
+        out: folder for `<film stem>.parquet` and `<film stem>.done.json`.
+        annotator: writes the captions.
+        height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
+        detector: "content", "adaptive" or "adaptive-luma".
+        on_progress: told (frames done, frames in all, what is happening).
+
+    Raises:
+        UserError: no film, two of one name, a wrong setting, or `out` was made with other settings.
+        StoppedError: the run cannot go on: nothing can be written, or the annotator's server is not there.
+    """
+    films = list(dict.fromkeys(Path(f) for f in films))
+    settings = _settings(annotator, height, detector)
+    _check(films, out, settings)
+    sizes = [_expected_frames(film) for film in films]
+    reports: list[FilmReport] = []
+    for i, film in enumerate(films):
+
+        def tell(share: float, message: str, i: int = i) -> None:
+            if on_progress:
+                on_progress(sum(sizes[:i]) + int(share * sizes[i]), sum(sizes), f"{films[i].name}: {message}")
+
+        try:
+            report = curate_film(film, out, annotator=annotator, height=height, detector=detector, on_progress=tell)
+        except StoppedError:
+            raise
+        except UserError as error:
+            report = _failed(film, out, settings, str(error))
+        reports.append(report)
+        tell(1.0, "finished before" if report.skipped else report.reason or report.status)
+    return CurationReport(reports)
+
+
+def curate_film(
+    film: Path,
+    out: Path,
+    *,
+    annotator: Annotator,
+    height: int | None = None,
+    detector: str = "content",
+    on_progress: Callable[[float, str], None] | None = None,
+) -> FilmReport:
+    """Curate one film; as `curate`, but what is wrong with the film is raised as UserError.
+
+    `on_progress` is told the share done, 0 to 1, and what is happening.
+    """
+    settings, tell = _settings(annotator, height, detector), on_progress or (lambda share, message: None)
+    facts, mark = probe(film), fingerprint(film)
+    parquet, done_file = out / f"{film.stem}.parquet", out / f"{film.stem}.done.json"
+    done = read_done(done_file)
+    if parquet.is_file() and _is_finished(done, settings, mark):
+        counts = done["counts"]
+        return FilmReport(film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
+    for stale in out.glob(f".{glob.escape(film.stem)}.*part*"):  # of a run that was killed while writing
+        stale.unlink()
+    tell(0.0, "looking for borders")
+    picture, n = find_borders(facts), facts.expected_frames
+    line = find_shots(facts, picture, detector, lambda i: tell(min(0.5, 0.5 * i / n), "finding cuts"))
+    rows = _rows(facts, line, picture, settings["height"], lambda i: tell(min(0.9, 0.5 + 0.4 * i / n), "keyframes"))
+    tell(0.9, "captions")
+    rows, pending = _captioned(film, rows, annotator)
+    write_film(parquet, CuratedFilm(film.name, annotator.cast(film), rows))
+    done = _done(film, settings, mark) | _verdict(facts, line, rows, pending)
+    write_done(done_file, done)
+    return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
+
+
+def _rows(film: Film, line: Timeline, picture: Box, height: int, on_frame: Callable[[int], None]) -> list[CuratedShot]:
+    """Every shot with its keyframe, no captions yet; blank and broken ones are set aside."""
+    spans = line.spans()
+    middles = [line.middle(start, end) for start, end in spans]
+    wanted = set(middles)
+    images: dict[int | None, tuple[bytes | None, str]] = {None: (None, "no frame of it is free of decoding errors")}
+    for frame in FrameReader(film):  # from the start again: seeking lands beside the frame in some containers
+        on_frame(frame.index)
+        if frame.index in wanted:
+            pixels = keyframe_image(frame.image, film, picture, height)
+            images[frame.index] = to_jpeg(pixels), "blank frame" if is_blank(pixels) else ""
+
+    def seconds(index: int) -> float:
+        return float(line.pts_at(index) * film.time_base)
+
+    fixed: dict[str, Any] = {f"crop_{side}": at for side, at in asdict(picture).items()}
+    fixed["time_base"] = str(film.time_base)
+    rows = []
+    for shot, ((start, end), middle) in enumerate(zip(spans, middles, strict=True)):
+        image, reason = images[middle]
+        place: dict[str, Any] = {"start_s": seconds(start), "end_s": seconds(end)}
+        place |= {"start_frame": start, "end_frame": end, "keyframe_s": None if middle is None else seconds(middle)}
+        rows.append(CuratedShot(shot=shot, **place, **fixed, image=image, kept=not reason, reason=reason))
+    return rows
+
+
+def _captioned(film: Path, rows: list[CuratedShot], annotator: Annotator) -> tuple[list[CuratedShot], int]:
+    """The rows with captions, and how many got none for a reason that may pass."""
+    asked = [row for row in rows if row.kept]
+    answers = annotator.caption(film, asked)
+    by_shot = {row.shot: answer for row, answer in zip(asked, answers, strict=True)}
+
+    def fill(row: CuratedShot) -> CuratedShot:
+        a = by_shot.get(row.shot)
+        return row if a is None else replace(row, caption=a.text, tags=a.tags, kept=a.kept, reason=a.reason)
+
+    return [fill(row) for row in rows], sum(a.retry for a in answers)
+
+
+def _verdict(film: Film, line: Timeline, rows: list[CuratedShot], pending: int) -> dict[str, Any]:
+    """The part of a done-file that says how it went."""
+    lasts, damaged = float((line.end_pts - line.pts[0]) * film.time_base), sum(line.damaged)
+    reasons = []
+    if film.duration_s is not None and lasts < film.duration_s - TOLERANCE_S:
+        reasons.append(f"it ends after {lasts:.2f} s of {film.duration_s:.2f} s")
+    if line.errors or damaged:
+        reasons.append(f"{line.errors} packets and {damaged} frames are damaged")
+    if pending:
+        reasons.append(f"{pending} captions are missing because of the server")
+    counts = {"frames": len(line.pts), "damaged_frames": damaged, "errors": line.errors, "pending": pending}
+    return {
+        "status": "partial" if reasons else "ok",
+        "reason": "; ".join(reasons),
+        "counts": counts | {"shots": len(rows), "kept": sum(row.kept for row in rows)},
+        "last_pts_s": float(line.pts[-1] * film.time_base),
+        "lasts_s": lasts,
+        "duration_s": film.duration_s,
+    }
+
+
+def _done(film: Path, settings: dict[str, Any], mark: str) -> dict[str, Any]:
+    about: dict[str, Any] = {"film": film.name, "fingerprint": mark, "config_hash": _hash(settings), "config": settings}
+    return about | {"versions": {name: version(name) for name in PACKAGES}}
+
+
+def _failed(film: Path, out: Path, settings: dict[str, Any], reason: str) -> FilmReport:
+    done_file = out / f"{film.stem}.done.json"
+    if read_done(done_file).get("status", "failed") == "failed":  # else an earlier run saved something: leave it
+        write_done(done_file, _done(film, settings, "") | {"status": "failed", "reason": reason})
+    return FilmReport(film, "failed", reason=reason)
+
+
+def _is_finished(done: dict[str, Any], settings: dict[str, Any], mark: str) -> bool:
+    whole = done.get("status") in ("ok", "partial") and not done["counts"]["pending"]
+    return whole and done["config_hash"] == _hash(settings) and done["fingerprint"] == mark
+
+
+def _settings(annotator: Annotator, height: int | None, detector: str) -> dict[str, Any]:
+    height = preset().keyframes.height if height is None else height
+    if not 16 <= height <= 4096:
+        raise UserError(f"a keyframe height of {height} makes no sense; choose 16 to 4096 pixels")
+    if detector not in DETECTORS:
+        raise UserError(f"there is no detector {detector!r}; choose one of {', '.join(DETECTORS)}")
+    who = dict(annotator.identity)
+    cuts = {"detector": detector, "shortest_shot_s": SHORTEST_SHOT}
+    return {"store_version": STORE_VERSION, "height": height, **cuts, "annotator": who}
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
+    if not films:
+        raise UserError("there is no film to curate; name at least one file")
+    seen: dict[str, Path] = {}
+    for film in films:
+        if (other := seen.setdefault(film.stem, film)) is not film:
+            raise UserError(f"{other} and {film} would both become {film.stem}.parquet; rename one of them")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, not a folder; choose another folder for the results")
+    for path in out.glob("*.done.json"):
+        if read_done(path).get("config_hash", _hash(settings)) != _hash(settings):
+            raise UserError(f"{out}: holds films curated with other settings; choose an empty folder or delete it")
+
+
+def _expected_frames(film: Path) -> int:
+    try:
+        return probe(film).expected_frames
+    except UserError:
+        return 1

@@ -1,0 +1,156 @@
+"""What curation leaves on disk: one Parquet file per film, a row per shot, and beside it a done-file.
+
+A Parquet file without its done-file is not finished. Both appear whole or not at all, the done-file last.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cinema.errors import UserError
+from cinema.files import atomic, write_json
+from cinema.story import Character, Shot, Source, Story
+
+STORE_VERSION = 1
+ROW_GROUP = 32  # rows read together when a shot is fetched by number
+LONGEST = 600.0  # seconds that a Story's shot may last
+
+
+class StoppedError(UserError):
+    """The whole run cannot go on, not only one film."""
+
+
+@dataclass(frozen=True)
+class CuratedShot:
+    """A row: one shot of a film. The field names are the columns.
+
+    Attributes:
+        shot: its number in the film, from 0; shots tile the film.
+        start_s, end_s: PTS in seconds, exactly `pts * time_base`; the end is exclusive.
+        start_frame, end_frame: in presentation order from 0; the end is exclusive.
+        time_base: seconds per tick, as a fraction such as "1/12800".
+        keyframe_s: PTS of the keyframe in seconds; None if no frame of the shot could be trusted.
+        crop_left, crop_top, crop_right, crop_bottom: picture area in pixels of the stored frame, ends exclusive.
+        image: the keyframe as JPEG, None as for `keyframe_s`.
+        caption, tags: what is seen, and the characters named in it.
+        kept: whether to train on it; if not, `reason` says why.
+    """
+
+    shot: int
+    start_s: float
+    end_s: float
+    start_frame: int
+    end_frame: int
+    time_base: str
+    keyframe_s: float | None
+    crop_left: int
+    crop_top: int
+    crop_right: int
+    crop_bottom: int
+    image: bytes | None
+    caption: str = ""
+    tags: list[str] = field(default_factory=list)
+    kept: bool = True
+    reason: str = ""
+
+
+ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
+ARROW |= {list[str]: pa.list_(pa.string()), float | None: pa.float64(), bytes | None: pa.binary()}
+SCHEMA = pa.schema([(f.name, ARROW[f.type]) for f in fields(CuratedShot)])
+
+
+@dataclass(frozen=True)
+class CuratedFilm:
+    """A Parquet file of curation in memory: the film's file name, its cast, its shots in order."""
+
+    film: str
+    cast: list[Character]
+    shots: list[CuratedShot]
+
+
+def write_film(path: Path, film: CuratedFilm) -> None:
+    """Write a film's shots; the same shots give the same bytes. Raises StoppedError where nothing can be written."""
+    about = {"store_version": STORE_VERSION, "film": film.film, "cast": [c.model_dump() for c in film.cast]}
+    schema = SCHEMA.with_metadata({"cinema": json.dumps(about, ensure_ascii=False)})
+    table = pa.Table.from_pylist([asdict(shot) for shot in film.shots], schema=schema)
+    # Nothing is compressed: a JPEG is already, and the rest is small.
+    with _writing(path), atomic(path) as part:
+        pq.write_table(table, part, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+
+
+def read_film(path: Path) -> CuratedFilm:
+    """Read a Parquet file of curation.
+
+    Raises:
+        UserError: the file is missing or is not one of curation's.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+        about = json.loads(table.schema.metadata[b"cinema"])
+        rows = [CuratedShot(**row) for row in table.select(SCHEMA.names).to_pylist()]
+        return CuratedFilm(about["film"], [Character(**c) for c in about["cast"]], rows)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; curate the film first") from None
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
+        raise UserError(f"{path}: not a curated film, or damaged; curate the film again") from None
+
+
+def story_of(path: Path) -> Story:
+    """The story that a curated film tells: its kept and captioned shots, in order.
+
+    Tags that captions name without an entry in the cast get one, without description.
+
+    Raises:
+        UserError: as `read_film`, or no shot is kept and captioned.
+    """
+    film = read_film(path)
+    told = [s for s in film.shots if s.kept and s.caption]
+    if not told:
+        raise UserError(f"{path}: no shot is kept and has a caption; curate the film with an annotator")
+    cast = {tag: Character(tag=tag) for s in told for tag in s.tags} | {c.tag: c for c in film.cast}
+    shots = []
+    for s in told:
+        times = {"start_s": max(0.0, s.start_s), "end_s": max(1e-6, s.end_s)}  # some files begin before zero
+        source = Source(film=film.film, start_frame=s.start_frame, end_frame=s.end_frame, **times)
+        shots.append(Shot(caption=s.caption, duration=min(s.end_s - s.start_s, LONGEST), source=source))
+    return Story(title=Path(film.film).stem[:200], cast=list(cast.values()), shots=shots)
+
+
+def read_done(path: Path) -> dict[str, Any]:
+    """A done-file's content; empty if there is none or it is not whole."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def write_done(path: Path, data: dict[str, Any]) -> None:
+    """Write a done-file. Raises StoppedError where nothing can be written."""
+    with _writing(path):
+        write_json(path, data)
+
+
+def fingerprint(film: Path) -> str:
+    """A cheap digest of a file: its size, its first and its last MiB."""
+    size = film.stat().st_size
+    with open(film, "rb") as handle:
+        head = handle.read(2**20)
+        handle.seek(max(0, size - 2**20))
+        return hashlib.sha256(b"%d\n" % size + head + handle.read()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise StoppedError(f"{path.parent}: cannot write there ({why}); make room or choose another folder") from None

@@ -1,0 +1,112 @@
+"""Hybrid attention masking, three times: as a picture, as a dense reference and as what production runs.
+
+Of P pairs, the double-stream blocks let a pair see only itself (local), the single-stream blocks let every
+pair see every pair (global) or only itself and earlier ones (causal); paper, section 3.1. Production never
+builds a mask: local is a fold into the batch, global is plain attention, causal is plain attention over key
+prefixes (CPU) or block-sparse attention (CUDA).
+
+Axes: `b` story, `k` head, `n` queries, `m` keys, `h` width of a head.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Mode = Literal["local", "global", "causal"]
+SHORT = 600**2  # queries x keys up to which, training on a CPU, a plain softmax beats SDPA's backward
+
+
+def pair_mask(lengths: Sequence[int], mode: Mode) -> Bool[Tensor, "n n"]:
+    """Who sees whom, token by token: row i is True where query i sees the key.
+
+    Args:
+        lengths: tokens of each pair, in order.
+        mode: "local" is the paper's M_local = diag(M_1 ... M_P), "global" its M_global, "causal" the
+            autoregressive form, in which a pair sees itself whole and the pairs before it.
+
+    Raises:
+        ValueError: a length below 1, or another mode.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"every pair needs at least one token; lengths are {list(lengths)}")
+    pair = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    query, key = pair[:, None], pair[None, :]
+    if mode == "local":
+        return query == key
+    if mode == "causal":
+        return query >= key
+    if mode == "global":
+        return torch.ones(len(pair), len(pair), dtype=torch.bool)
+    raise ValueError(f"mode is {mode!r}, it must be local, global or causal")
+
+
+def attend_dense(
+    q: Float[Tensor, "b k n h"], k: Float[Tensor, "b k n h"], v: Float[Tensor, "b k n h"], mask: Bool[Tensor, "n n"]
+) -> Float[Tensor, "b k n h"]:
+    """Reference: attention under a dense mask, spelled out. Quadratic memory; for tests and the book only."""
+    scores = torch.einsum("bknh,bkmh->bknm", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bknm,bkmh->bknh", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def attend_full(
+    q: Float[Tensor, "b k n h"], k: Float[Tensor, "b k m h"], v: Float[Tensor, "b k m h"]
+) -> Float[Tensor, "b k n h"]:
+    """Every query sees every key: softmax(q kT / sqrt(h)) v, by whichever kernel is fastest here."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= SHORT:
+        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_causal(
+    q: Float[Tensor, "b k n h"], k: Float[Tensor, "b k m h"], v: Float[Tensor, "b k m h"], lengths: Sequence[int]
+) -> Float[Tensor, "b k n h"]:
+    """Causal between pairs: pair i sees the pairs up to itself, and all of its own tokens.
+
+    On a CPU one plain attention per pair over a prefix of the keys; on CUDA one flex_attention with a block
+    mask (compiled at first use; this branch needs a GPU and is not exercised by the CPU tests).
+
+    Args:
+        q: queries of the pairs, in order.
+        k, v: keys and values of the same tokens, preceded by any that all of them see (a cache).
+        lengths: tokens of each pair; they sum to `n`.
+
+    Raises:
+        ValueError: the lengths do not sum to the number of queries, or there are fewer keys than queries.
+    """
+    if sum(lengths) != q.shape[2] or k.shape[2] < q.shape[2]:
+        raise ValueError(f"lengths {list(lengths)}, {q.shape[2]} queries and {k.shape[2]} keys do not fit together")
+    past = k.shape[2] - q.shape[2]
+    if q.device.type == "cuda" and len(lengths) > 1:
+        return _flex()(q, k, v, block_mask=_block_mask(tuple(lengths), past, q.device))
+    done, start = [], 0
+    for length in lengths:
+        end = start + length
+        done.append(attend_full(q[:, :, start:end], k[:, :, : past + end], v[:, :, : past + end]))
+        start = end
+    return done[0] if len(done) == 1 else torch.cat(done, dim=2)
+
+
+@lru_cache(maxsize=1)
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=64)
+def _block_mask(lengths: tuple[int, ...], past: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    pair = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    keys = torch.cat([pair.new_full((past,), -1), pair])  # cached keys count as an earlier pair
+
+    def seen(b: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return pair[query] >= keys[key]
+
+    return create_block_mask(seen, None, None, len(pair), len(keys), device=str(device))

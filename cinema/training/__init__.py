@@ -1,0 +1,35 @@
+"""Training: one loop, a task per model, stages, exact resume."""
+
+from importlib import import_module
+from pathlib import Path
+
+from cinema.errors import UserError
+from cinema.training.config import load_config
+from cinema.training.loop import Progress, Run, Task, run_training
+
+TASKS = {
+    "autoencoder": "cinema.training.autoencoder:AutoencoderTask",
+    "clip": "cinema.training.text:ClipTask",
+    "keyframes": "cinema.training.keyframes:KeyframeTask",
+}
+
+
+def train(config: Path, out: Path, resume: bool = False, on_progress: Progress | None = None) -> Run:
+    """Train what the YAML file `config` describes, in folder `out`; see `run_training`."""
+    settings = load_config(config)
+    return run_training(settings, make_task(settings.task, settings.seed, settings.init, settings.options), out, resume, on_progress)
+
+
+def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is no such task, or it does not know an option.
+    """
+    if name not in TASKS:
+        raise UserError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
+    module, kind = TASKS[name].split(":")
+    try:
+        return getattr(import_module(module), kind)(seed=seed, init=init, **options)
+    except TypeError as error:
+        raise UserError(f"task {name}: {error}; correct the options") from None

@@ -1,0 +1,232 @@
+"""Training the keyframe model: rectified flow over interleaved pairs, each with its own noise.
+
+The newest pairs are full-size and learn; older ones sit at GoldenMem's coarser levels, nearly clean, and are only
+remembered. Some full-size pairs are nearly clean as well, as context is at inference (noisy context, paper 4.2).
+"""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import CLIPModel, T5EncoderModel
+
+from cinema.config import TOY
+from cinema.flow import add_noise, euler, sample_sigma, schedule, velocity
+from cinema.goldenmem import Layout, coordinates
+from cinema.training.autoencoder import to_image
+from cinema.training.config import Stage
+from cinema.training.stories import StoryStore, decode, sample_shots
+from cinema.training.text import clip_text_tower, make_tokenizer, small_t5, tokenize
+from cinema.transformer import InterleavedFluxTransformer, PairGroup
+
+EMPTY = ""
+
+
+class KeyframeLearner(nn.Module):
+    """What is trained: the interleaved transformer and the T5 that reads to it."""
+
+    def __init__(self, transformer: InterleavedFluxTransformer, text_encoder: T5EncoderModel) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def forward(
+        self,
+        latents: list[Float[Tensor, "b _p _s c"]],
+        words: Int[Tensor, "b pairs t"],
+        pooled: Float[Tensor, "b pairs f"],
+        sigma: Float[Tensor, "b pairs"],
+        layout: Layout,
+    ) -> list[Float[Tensor, "b _p _s c"]]:
+        """Velocities of the noised latents, one tensor per level of the layout."""
+        states = self.text_encoder(rearrange(words, "b p t -> (b p) t")).last_hidden_state
+        states = rearrange(states, "(b p) t e -> b p t e", p=words.shape[1])
+        groups = []
+        for noised, (side, pairs) in zip(latents, layout.by_level(), strict=True):
+            groups.append(
+                PairGroup(
+                    latents=noised.to(states.dtype),
+                    text=states[:, pairs],
+                    pooled=pooled[:, pairs].to(states.dtype),
+                    sigma=sigma[:, pairs],
+                    ids=coordinates(side, layout.sides[-1]),
+                    index=torch.tensor(pairs),
+                )
+            )
+        return [v.float() for v in self.transformer.forward_pairs(groups, causal=True)]
+
+
+class KeyframeTask:
+    """Keyframe planning on toy stories.
+
+    Args:
+        vae, clip: folders of the trained autoencoder and CLIP.
+        cache: folder for the encoded stories.
+        movies, shots: size of the training set.
+        context: share of the newest pairs (the last one excepted) that are nearly clean context.
+        context_sigma: upper bound of the context's noise.
+        caption_dropout: share of captions left empty, for guidance.
+        shift: time shift of the training noise.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        init: str | None,
+        vae: str,
+        clip: str,
+        cache: str,
+        movies: int = 2000,
+        shots: int = 12,
+        context: float = 0.35,
+        context_sigma: float = 0.25,
+        caption_dropout: float = 0.08,
+        shift: float = 1.5,
+        **shape: Any,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.seed, self.context, self.context_sigma = seed, context, context_sigma
+        self.caption_dropout, self.shift = caption_dropout, shift
+        self.settings = TOY.keyframes
+        self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
+        self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
+        self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
+        self.model = self._load(init) if init else KeyframeLearner(small_flux(**shape), small_t5())
+        layout = Layout(shots, self.settings.height // 16, self.settings.memory_levels, self.settings.memory_group)
+        sides = tuple(sorted(set(layout.sides), reverse=True))
+        self.store = StoryStore(Path(cache), self.vae, seed, movies, shots, sides)
+
+    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """Mean squared velocity error of the pairs that learn."""
+        rng, noise_rng = random.Random(f"{self.seed}/{step}"), torch.Generator().manual_seed(step)
+        layout = self._layout(stage.pairs)
+        captions, latents = self._windows(rng, stage, layout)
+        sigma, learns = self._noise(stage, layout, noise_rng)
+        noise = [torch.randn(x.shape, generator=noise_rng) for x in latents]
+        pairs = [p for _, p in layout.by_level()]
+        noised = [add_noise(x, n, sigma[:, p]) for x, n, p in zip(latents, noise, pairs, strict=True)]
+        words, pooled = self._text(captions)
+        predicted = model(noised, words, pooled, sigma, layout)
+        error, count = torch.zeros(()), 0
+        for v, x, n, p in zip(predicted, latents, noise, pairs, strict=True):
+            per_pair = (v - velocity(x, n)).square().mean((2, 3))
+            error, count = error + (per_pair * learns[:, p]).sum(), count + int(learns[:, p].sum())
+        newest = predicted[0][:, -1] - velocity(latents[0][:, -1], noise[0][:, -1])  # the finest level comes first
+        return error / count, {"newest": newest.square().mean().item()}
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that stock `FluxPipeline.from_pretrained` loads, in bfloat16."""
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.settings.shift),
+            vae=self.vae,
+            text_encoder=self.clip,
+            tokenizer=self.clip_tokenizer,
+            text_encoder_2=self.model.text_encoder,
+            tokenizer_2=self.t5_tokenizer,
+            transformer=self.model.transformer.stock(),
+        )
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                _save_half(part, folder / name)
+            elif part is not None:
+                part.save_pretrained(folder / name)
+        pipeline.save_config(folder)
+
+    @torch.no_grad()
+    def sample(self, path: Path, stage: Stage) -> None:
+        """Windows of stories drawn by the toy world, each above the same story as this model draws it."""
+        rows = []
+        for i in range(4):
+            rng = random.Random(f"sample/{i}")
+            captions, latents = self._windows(rng, stage.model_copy(update={"batch": 1}), self._layout(stage.pairs, whole=True))
+            made = self._draw(captions[0], i)
+            drawn = torch.cat(list(decode(self.vae, latents[0][0], self.settings.height // 16)), 2)
+            rows += [drawn, torch.cat(list(decode(self.vae, made, self.settings.height // 16)), 2)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_image(torch.cat(rows, 1)).save(path)
+
+    def _draw(self, captions: list[str], seed: int) -> Float[Tensor, "p s c"]:
+        """Plan keyframes one after another at full size, recomputing the context: slow and simple."""
+        words, pooled = self._text([captions])
+        done: list[Tensor] = []
+        for i in range(len(captions)):
+            layout, generator = self._layout(i + 1, whole=True), torch.Generator().manual_seed(1000 * seed + i)
+            noise = torch.randn(1, 1, *self.store.latents[self.settings.height // 16].shape[2:], generator=generator)
+            context = torch.cat(done, 1) if done else noise[:, :0]
+            level = torch.full((1, i), self.settings.context_sigma)
+            context = add_noise(context, torch.randn(context.shape, generator=generator), level)
+
+            def newest(x: Tensor, sigma: float, i: int = i, context: Tensor = context, level: Tensor = level) -> Tensor:
+                now = torch.cat([level, torch.full((1, 1), sigma)], 1)
+                return self.model([torch.cat([context, x], 1)], words[:, : i + 1], pooled[:, : i + 1], now, layout)[0][:, -1:]
+
+            done.append(euler(newest, noise, schedule(self.settings.steps, self.settings.shift)))
+        return torch.cat(done, 1)[0]
+
+    def _layout(self, pairs: int, whole: bool = False) -> Layout:
+        group = pairs if whole else self.settings.memory_group
+        return Layout(pairs, self.settings.height // 16, self.settings.memory_levels, group)
+
+    def _windows(self, rng: random.Random, stage: Stage, layout: Layout) -> tuple[list[list[str]], list[Tensor]]:
+        captions, levels = [], []
+        for _ in range(stage.batch):
+            shots = sample_shots(rng, self.store.shots, stage.pairs)
+            lines, latents = self.store.window(rng.randrange(self.store.movies), shots)
+            captions.append([EMPTY if rng.random() < self.caption_dropout else line for line in lines])
+            levels.append([latents[side][pairs] for side, pairs in layout.by_level()])
+        return captions, [torch.stack(level).float() for level in zip(*levels, strict=True)]
+
+    def _noise(
+        self, stage: Stage, layout: Layout, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "b pairs"], Float[Tensor, "b pairs"]]:
+        shape = (stage.batch, stage.pairs)
+        sigma = sample_sigma(shape, generator, shift=self.shift)
+        learns = torch.rand(shape, generator=generator) >= self.context
+        learns[:, -1] = True
+        learns &= torch.tensor(layout.sides) == layout.sides[-1]
+        clean = torch.rand(shape, generator=generator) * self.context_sigma
+        return torch.where(learns, sigma, clean), learns.float()
+
+    @torch.no_grad()
+    def _text(self, captions: list[list[str]]) -> tuple[Int[Tensor, "b p t"], Float[Tensor, "b p f"]]:
+        flat = [line for lines in captions for line in lines]
+        words = tokenize(self.t5_tokenizer, flat)
+        pooled = self.clip(tokenize(self.clip_tokenizer, flat)).pooler_output
+        p = len(captions[0])
+        return rearrange(words, "(b p) t -> b p t", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
+
+    def _load(self, folder: str) -> KeyframeLearner:
+        transformer = InterleavedFluxTransformer.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+        t5 = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2", torch_dtype=torch.float32)
+        return KeyframeLearner(transformer, t5)
+
+
+def small_flux(double: int = 2, single: int = 7, heads: int = 4, head_dim: int = 48, text: int = 128) -> InterleavedFluxTransformer:
+    """A Flux with few parameters; modulations and output start at zero, so that every block starts as identity."""
+    axis = head_dim // 3
+    model = InterleavedFluxTransformer(
+        in_channels=64,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=text,
+        pooled_projection_dim=text,
+        guidance_embeds=False,
+        axes_dims_rope=(axis, axis, axis),
+    )
+    for name, parameter in model.named_parameters():
+        if ("norm" in name and "linear" in name) or name.startswith("proj_out"):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def _save_half(module: nn.Module, folder: Path) -> None:
+    """Write a module in bfloat16 and leave it as it is."""
+    copy.deepcopy(module).to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]

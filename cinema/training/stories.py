@@ -1,0 +1,104 @@
+"""Toy stories as training data: drawn and encoded once, at every GoldenMem level, then read by position.
+
+Axes: `n` movies, `m` shots of a movie, `s` tokens of a level, `c` channels of a token.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from einops import rearrange
+from jaxtyping import BFloat16, Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cinema.files import atomic
+from cinema.goldenmem import shrink
+from cinema.toyworld.draw import render
+from cinema.toyworld.world import Movie, sample_movie
+from cinema.training.autoencoder import to_tensor
+
+SHARD = 50  # movies per file
+
+
+class StoryStore:
+    """Latents of toy movies at several levels; shard files appear whole, so a killed run goes on where it was.
+
+    Args:
+        folder: where the shards are; they belong to one autoencoder and one seed.
+        vae: encodes the frames.
+        movies, shots: how many movies there are, and shots in each.
+        sides: short sides of the levels, in patches of 16 pixels; the first is the frame's own.
+    """
+
+    def __init__(
+        self, folder: Path, vae: AutoencoderKL, seed: int, movies: int, shots: int, sides: tuple[int, ...]
+    ) -> None:
+        self.folder, self.vae, self.seed = folder, vae, seed
+        self.movies, self.shots, self.sides = movies, shots, sides
+        shards = [load_file(path) for path in self._shards()]
+        self.latents: dict[int, BFloat16[Tensor, "n m s c"]] = {
+            side: torch.cat([shard[str(side)] for shard in shards])[:movies] for side in sides
+        }
+
+    def movie(self, index: int) -> Movie:
+        """The facts of a movie of the store."""
+        return _movie(self.seed, index, self.shots)
+
+    def window(self, index: int, shots: list[int]) -> tuple[list[str], dict[int, Tensor]]:
+        """Some shots of a movie, told as a film of their own: captions, and latents "m s c" by level."""
+        movie = self.movie(index)
+        told = replace(movie, shots=[movie.shots[i] for i in shots])
+        return told.captions(), {side: latents[index, shots] for side, latents in self.latents.items()}
+
+    def _shards(self) -> Iterator[Path]:
+        for start in range(0, self.movies, SHARD):
+            path = self.folder / f"stories-{self.seed}-{self.shots}-{start:06d}.safetensors"
+            if not path.exists():
+                frames = [render(m, s) for i in range(start, start + SHARD) for m in [self.movie(i)] for s in m.shots]
+                levels = {str(side): self._encode(to_tensor(frames), side) for side in self.sides}
+                with atomic(path) as part:
+                    save_file(levels, part)
+            yield path
+
+    @torch.no_grad()
+    def _encode(self, frames: Float[Tensor, "n 3 h w"], side: int) -> BFloat16[Tensor, "_movies _shots _s _c"]:
+        small = frames if side == self.sides[0] else shrink(frames, side)
+        tokens = torch.cat([encode(self.vae, chunk) for chunk in small.split(32)])
+        return rearrange(tokens, "(n m) s c -> n m s c", m=self.shots).to(torch.bfloat16).contiguous()
+
+
+@lru_cache(maxsize=8192)
+def _movie(seed: int, index: int, shots: int) -> Movie:
+    return sample_movie(f"train/{seed}/{index}", shots)
+
+
+def encode(vae: AutoencoderKL, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n s c"]:
+    """Frames in [-1, 1] as Flux's packed tokens: shifted, scaled latents in 2 x 2 patches."""
+    latents = vae.encode(frames.to(vae.dtype)).latent_dist.mode().float()
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return rearrange(latents, "n c (y i) (x j) -> n (y x) (c i j)", i=2, j=2)
+
+
+def decode(vae: AutoencoderKL, tokens: Float[Tensor, "n s c"], side: int) -> Float[Tensor, "n 3 h w"]:
+    """Undo `encode` for a level `side` patches high."""
+    latents = rearrange(tokens, "n (y x) (c i j) -> n c (y i) (x j)", y=side, i=2, j=2)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype)).sample.float()
+
+
+def sample_shots(rng: random.Random, available: int, count: int, stride: int = 3) -> list[int]:
+    """Shots of one window: a random start, then random strides of 1 to `stride`, as far as the film allows."""
+    shots, room = [], available - count
+    at = rng.randint(0, room)
+    room -= at
+    for _ in range(count):
+        shots.append(at)
+        step = rng.randint(1, min(stride, room + 1))
+        room -= step - 1
+        at += step
+    return shots

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cinema.goldenmem import PHI, Layout, coordinates, levels, shrink, tokens
+
+FIG_4 = {4: 5512, 8: 7824, 12: 8984, 16: 9696, 20: 10280, 24: 10824}  # pairs: tokens printed in the paper
+
+
+@pytest.mark.parametrize(("pairs", "printed"), FIG_4.items())
+def test_token_counts_of_figure_4(pairs: int, printed: int) -> None:
+    assert Layout(pairs, side=25, count=6, group=4).tokens(text=128) == printed
+    assert (
+        Layout(pairs, side=25, count=1, group=pairs).tokens(text=128) == pairs * 1378
+    )  # its naive row: 5512 ... 33072
+
+
+def test_levels_use_the_direct_form() -> None:
+    assert levels(25, 6) == (25, 15, 9, 5, 3, 2)
+    assert levels(8, 4, ratio=2.0) == (8, 4, 2, 1)
+    assert levels(27, 4, ratio=1.5) == (27, 18, 12, 8)  # exact divisions stay exact
+
+
+@given(side=st.integers(1, 200))
+@settings(max_examples=50, deadline=None)
+def test_all_levels_together_stay_below_phi_times_the_newest(side: int) -> None:
+    count = next(n for n in range(1, 20) if side / PHI**n < 1)
+    assert sum(tokens(s) for s in levels(side, count)) < PHI * tokens(side)
+
+
+def test_layout_puts_the_newest_pairs_at_the_finest_level() -> None:
+    layout = Layout(pairs=5, side=25, count=3, group=2)
+    assert layout.sides == (9, 15, 15, 25, 25)
+    assert layout.by_level() == [(25, [3, 4]), (15, [1, 2]), (9, [0])]
+
+
+def test_layout_by_rank_keeps_the_order_of_time() -> None:
+    layout = Layout(pairs=4, side=25, count=2, group=2, rank=(1, 3, 2, 0))  # the oldest is the most important one
+    assert layout.sides == (25, 15, 15, 25)
+    assert layout.by_level() == [(25, [0, 3]), (15, [1, 2])]
+
+
+def test_equal_levels_share_one_fold() -> None:
+    assert Layout(pairs=5, side=8, count=5, group=1).by_level() == [(8, [4]), (4, [3]), (3, [2]), (1, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: levels(0, 1), "1 levels of a frame 0 patches"),
+        (lambda: levels(8, 0), "0 levels of a frame 8"),
+        (lambda: levels(8, 2, ratio=1.0), "ratio between levels is 1.0"),
+        (lambda: levels(8, 6), "6 levels are too many for 8 patches: level 5"),
+        (lambda: Layout(0, 8, 3, 2), "at least one pair, not 0"),
+        (lambda: Layout(7, 8, 3, 2), "7 pairs do not fit in 3 levels of 2"),
+        (lambda: Layout(3, 8, 3, 2, rank=(0, 1, 1)), "not an order of 3 pairs"),
+        (lambda: shrink(torch.zeros(1, 3, 64, 100), 1), "64 x 100 pixels"),
+        (lambda: shrink(torch.zeros(1, 3, 64, 128), 0), "level of 0 patches"),
+        (lambda: shrink(torch.zeros(1, 3, 64, 128), 5), "level of 5 patches does not fit a frame 4"),
+        (lambda: coordinates(9, 8), "level of 9 patches in a frame of 8"),
+    ],
+)
+def test_errors_carry_the_numbers(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_shrink_keeps_the_mean_of_each_area() -> None:
+    frames = torch.rand(2, 3, 64, 128) * 2 - 1
+    small = shrink(frames, 2)
+    assert small.shape == (2, 3, 32, 64)
+    assert torch.allclose(small[..., 3, 5], frames[..., 6:8, 10:12].mean((-1, -2)), atol=1e-6)
+    assert torch.equal(shrink(frames, 4), frames)
+
+
+@pytest.mark.parametrize("side", [8, 5, 4, 3, 1])
+def test_coordinates_of_every_level_cover_the_same_extent(side: int) -> None:
+    ids, cell = coordinates(side, 8), 8 / side
+    assert ids.shape == (tokens(side), 2)
+    assert torch.allclose(ids.amin(0), torch.tensor(cell / 2 - 0.5))
+    assert torch.allclose(ids.amax(0) + cell / 2, torch.tensor([7.5, 15.5]))  # the outer edges coincide
+    assert torch.allclose(ids.mean(0), coordinates(8, 8).mean(0), atol=1e-5)  # sums of float32
+
+
+def test_finest_coordinates_are_those_of_the_flux_pipeline() -> None:
+    from diffusers import FluxPipeline
+
+    stock = FluxPipeline._prepare_latent_image_ids(1, 8, 16, "cpu", torch.float32)
+    assert torch.equal(coordinates(8, 8), stock[:, 1:])
