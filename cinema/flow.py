@@ -70,7 +70,7 @@ def sample_sigma(
     return shift_time(torch.sigmoid(mean + std * normal), shift)
 
 
-def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, "steps+1"]:
+def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, "{steps}+1"]:
     """Noise levels of a sampling run, from 1 to 0; between two of them lies one step.
 
     Equal to diffusers' FlowMatchEulerDiscreteScheduler given ``sigmas=linspace(1, 1 / steps, steps)``.

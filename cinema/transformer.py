@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cinema.masking import attend_causal, attend_full
 
-KeyValue = tuple[Float[Tensor, "b k n h"], Float[Tensor, "b k n h"]]
+KeyValue = tuple[Float[Tensor, "_b k _n h"], Float[Tensor, "_b k _n h"]]
 Rope = Complex[Tensor, "n half"]  # cos + i sin of every token's angles
 
 

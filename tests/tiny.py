@@ -13,7 +13,11 @@ from cinema.config import TOY, Preset
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 CHANNELS, TEXT, POOLED = 16, 32, 24
-WORDS = "<pad> </s> <s> <unk> <ada> <bo> <cleo> shot, wide close forest. city. left, right, jumping. standing.".split()
+SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
+WORDS = [
+    *SPECIAL,
+    *["<ada>", "<bo>", "<cleo>", "shot,", "wide", "close", "forest.", "city.", "left,", "right,", "jumping."],
+]
 
 
 def transformer_config(guidance: bool = True) -> dict[str, object]:

@@ -142,7 +142,9 @@ def _cactus(paper: Paper, design: SetDesign, x: float, size: float, variant: flo
     top, arm = h - 0.75 * size, h - 0.45 * size
     paper.glue(capsule(x, top, x, h + 0.05, 0.085 * size), green, 0.008, h)
     paper.glue(capsule(x, arm, x + side * 0.28 * size, arm, 0.06 * size), green, 0.0, h)
-    paper.glue(capsule(x + side * 0.28 * size, arm - 0.22 * size, x + side * 0.28 * size, arm, 0.06 * size), green, 0.0, h)
+    paper.glue(
+        capsule(x + side * 0.28 * size, arm - 0.22 * size, x + side * 0.28 * size, arm, 0.06 * size), green, 0.0, h
+    )
 
 
 def _house(paper: Paper, design: SetDesign, x: float, size: float, variant: float) -> None:
@@ -151,11 +153,15 @@ def _house(paper: Paper, design: SetDesign, x: float, size: float, variant: floa
     half, top = 0.26 * size, h - (0.7 + 0.4 * variant) * size
     paper.glue(box(x - half, top, x + half, h + 0.03), wall, 0.008, h)
     if night:
-        paper.glue(np.array([[x - 1.2 * half, top], [x, top - 0.25 * size], [x + 1.2 * half, top]]), (120, 60, 80), 0.006, h)
+        paper.glue(
+            np.array([[x - 1.2 * half, top], [x, top - 0.25 * size], [x + 1.2 * half, top]]), (120, 60, 80), 0.006, h
+        )
     for row in range(2):
         for column in (-0.5, 0.5):
             cx, cy = x + column * half, top + (0.2 + 0.3 * row) * size
-            paper.glue(box(cx - 0.06 * size, cy - 0.07 * size, cx + 0.06 * size, cy + 0.07 * size), (250, 226, 130), 0.0, h)
+            paper.glue(
+                box(cx - 0.06 * size, cy - 0.07 * size, cx + 0.06 * size, cy + 0.07 * size), (250, 226, 130), 0.0, h
+            )
 
 
 def _parasol(paper: Paper, design: SetDesign, x: float, size: float, variant: float) -> None:
@@ -191,7 +197,7 @@ def draw_character(paper: Paper, look: Look, actor: Actor, size: str, time: floa
         shoulder, reach = np.array([side * half * 0.9, eye + 0.22]), 0.2
         angle = math.radians(60 - raised * 125) if side > 0 else math.radians(60)
         hand = shoulder + reach * np.array([side * math.cos(angle), math.sin(angle)])
-        put(capsule(*shoulder, *hand, 0.035), shade(colour, 0.72))
+        put(capsule(shoulder[0], shoulder[1], hand[0], hand[1], 0.035), shade(colour, 0.72))
     put(body, shade(colour, 0.62), 0.022)
     put(_inset(body), colour)
     for side in (-1, 1):
@@ -233,7 +239,10 @@ def hat_points(hat: str, top: float) -> list[tuple[Points, RGB]]:
         return [(np.stack([x, np.array(y) + t], 1), HAT_COLOURS["crown"])]
     if hat == "bow":
         wings = [np.array([[0.0, t - 0.06], [s * 0.22, t - 0.18], [s * 0.22, t + 0.05]]) for s in (-1, 1)]
-        return [*((w, HAT_COLOURS["bow"]) for w in wings), (ellipse(0, t - 0.06, 0.05, 0.05), shade(HAT_COLOURS["bow"], 0.7))]
+        return [
+            *((w, HAT_COLOURS["bow"]) for w in wings),
+            (ellipse(0, t - 0.06, 0.05, 0.05), shade(HAT_COLOURS["bow"], 0.7)),
+        ]
     return []
 
 
@@ -277,7 +286,9 @@ def _inset(points: Points, share: float = 0.93) -> Points:
     return (points - centre) * share + centre
 
 
-SHAPE_POINTS: dict[str, tuple[Points, float, float, float]] = {  # outline, top of the head, eyes, half width at the arms
+SHAPE_POINTS: dict[
+    str, tuple[Points, float, float, float]
+] = {  # outline, top of the head, eyes, half width at the arms
     "round": (ellipse(0, -0.44, 0.44, 0.44), -0.87, -0.50, 0.42),
     "square": (box(-0.37, -0.78, 0.37, 0.0), -0.78, -0.50, 0.37),
     "triangle": (np.array([[0.0, -0.98], [-0.5, 0.0], [0.5, 0.0]]), -0.90, -0.36, 0.38),

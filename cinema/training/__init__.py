@@ -11,13 +11,17 @@ TASKS = {
     "autoencoder": "cinema.training.autoencoder:AutoencoderTask",
     "clip": "cinema.training.text:ClipTask",
     "keyframes": "cinema.training.keyframes:KeyframeTask",
+    "video": "cinema.training.video:VideoTask",
+    "video_autoencoder": "cinema.training.video_autoencoder:VideoAutoencoderTask",
 }
 
 
 def train(config: Path, out: Path, resume: bool = False, on_progress: Progress | None = None) -> Run:
     """Train what the YAML file `config` describes, in folder `out`; see `run_training`."""
     settings = load_config(config)
-    return run_training(settings, make_task(settings.task, settings.seed, settings.init, settings.options), out, resume, on_progress)
+    return run_training(
+        settings, make_task(settings.task, settings.seed, settings.init, settings.options), out, resume, on_progress
+    )
 
 
 def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
@@ -95,7 +95,7 @@ class _Kernel(nn.Module):
 def flatten_kernels(model: nn.Module) -> None:
     """Keep the kernels of convolutions inside blocks as matrices, so that Muon takes them."""
     for name, module in list(model.named_modules()):
-        if "block" in name and isinstance(module, nn.Conv2d | nn.Conv3d):
+        if "blocks." in name and isinstance(module, nn.Conv2d | nn.Conv3d):
             parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
 
 

@@ -20,12 +20,14 @@ class Stage(_Strict):
         steps: optimiser steps.
         batch: samples a step (stories, frames or clips, whatever the task trains on).
         pairs: keyframe-text pairs in a story.
+        group: pairs per GoldenMem level; without it all pairs are full-size.
         lr: factor on the run's learning rates.
     """
 
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
     pairs: int = Field(default=1, gt=0)
+    group: int | None = Field(default=None, gt=0)
     lr: float = Field(default=1.0, gt=0)
 
 

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPModel, T5EncoderModel
 
 from cinema.config import TOY
-from cinema.flow import add_noise, euler, sample_sigma, schedule, velocity
+from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.goldenmem import Layout, coordinates
-from cinema.training.autoencoder import to_image
+from cinema.keyframes import KeyframePlanner, TextEncoders
+from cinema.toyworld.draw import render
+from cinema.toyworld.world import sample_movie
+from cinema.training.autoencoder import to_image, to_tensor
 from cinema.training.config import Stage
-from cinema.training.stories import StoryStore, decode, sample_shots
+from cinema.training.stories import StoryStore, sample_shots
 from cinema.training.text import clip_text_tower, make_tokenizer, small_t5, tokenize
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
@@ -105,7 +109,7 @@ class KeyframeTask:
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Mean squared velocity error of the pairs that learn."""
         rng, noise_rng = random.Random(f"{self.seed}/{step}"), torch.Generator().manual_seed(step)
-        layout = self._layout(stage.pairs)
+        layout = self._layout(stage.pairs, stage.group)
         captions, latents = self._windows(rng, stage, layout)
         sigma, learns = self._noise(stage, layout, noise_rng)
         noise = [torch.randn(x.shape, generator=noise_rng) for x in latents]
@@ -126,7 +130,7 @@ class KeyframeTask:
             scheduler=FlowMatchEulerDiscreteScheduler(shift=self.settings.shift),
             vae=self.vae,
             text_encoder=self.clip,
-            tokenizer=self.clip_tokenizer,
+            tokenizer=self.clip_tokenizer,  # type: ignore[arg-type]
             text_encoder_2=self.model.text_encoder,
             tokenizer_2=self.t5_tokenizer,
             transformer=self.model.transformer.stock(),
@@ -138,40 +142,23 @@ class KeyframeTask:
                 part.save_pretrained(folder / name)
         pipeline.save_config(folder)
 
-    @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
-        """Windows of stories drawn by the toy world, each above the same story as this model draws it."""
+        """Held-out stories as the toy world draws them, each above the same story as this model plans it."""
+        half = copy.deepcopy(self.model).to(torch.bfloat16)
+        text = TextEncoders(
+            self.clip_tokenizer, self.clip, self.t5_tokenizer, half.text_encoder, self.settings.text_tokens
+        )
+        planner = KeyframePlanner(half.transformer, self.vae, text, self.settings)
         rows = []
-        for i in range(4):
-            rng = random.Random(f"sample/{i}")
-            captions, latents = self._windows(rng, stage.model_copy(update={"batch": 1}), self._layout(stage.pairs, whole=True))
-            made = self._draw(captions[0], i)
-            drawn = torch.cat(list(decode(self.vae, latents[0][0], self.settings.height // 16)), 2)
-            rows += [drawn, torch.cat(list(decode(self.vae, made, self.settings.height // 16)), 2)]
+        for seed in range(4):
+            movie = sample_movie(f"heldout/sample/{seed}", stage.pairs)
+            rows.append([render(movie, shot, self.settings.height) for shot in movie.shots])
+            rows.append([keyframe.image for keyframe in planner.plan(movie.story(), seed)])
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_image(torch.cat(rows, 1)).save(path)
+        to_image(torch.cat([torch.cat(list(to_tensor(row)), 2) for row in rows], 1)).save(path)
 
-    def _draw(self, captions: list[str], seed: int) -> Float[Tensor, "p s c"]:
-        """Plan keyframes one after another at full size, recomputing the context: slow and simple."""
-        words, pooled = self._text([captions])
-        done: list[Tensor] = []
-        for i in range(len(captions)):
-            layout, generator = self._layout(i + 1, whole=True), torch.Generator().manual_seed(1000 * seed + i)
-            noise = torch.randn(1, 1, *self.store.latents[self.settings.height // 16].shape[2:], generator=generator)
-            context = torch.cat(done, 1) if done else noise[:, :0]
-            level = torch.full((1, i), self.settings.context_sigma)
-            context = add_noise(context, torch.randn(context.shape, generator=generator), level)
-
-            def newest(x: Tensor, sigma: float, i: int = i, context: Tensor = context, level: Tensor = level) -> Tensor:
-                now = torch.cat([level, torch.full((1, 1), sigma)], 1)
-                return self.model([torch.cat([context, x], 1)], words[:, : i + 1], pooled[:, : i + 1], now, layout)[0][:, -1:]
-
-            done.append(euler(newest, noise, schedule(self.settings.steps, self.settings.shift)))
-        return torch.cat(done, 1)[0]
-
-    def _layout(self, pairs: int, whole: bool = False) -> Layout:
-        group = pairs if whole else self.settings.memory_group
-        return Layout(pairs, self.settings.height // 16, self.settings.memory_levels, group)
+    def _layout(self, pairs: int, group: int | None = None) -> Layout:
+        return Layout(pairs, self.settings.height // 16, self.settings.memory_levels, group or pairs)
 
     def _windows(self, rng: random.Random, stage: Stage, layout: Layout) -> tuple[list[list[str]], list[Tensor]]:
         captions, levels = [], []
@@ -202,12 +189,16 @@ class KeyframeTask:
         return rearrange(words, "(b p) t -> b p t", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
 
     def _load(self, folder: str) -> KeyframeLearner:
-        transformer = InterleavedFluxTransformer.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+        transformer = InterleavedFluxTransformer.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=torch.float32
+        )
         t5 = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2", torch_dtype=torch.float32)
         return KeyframeLearner(transformer, t5)
 
 
-def small_flux(double: int = 2, single: int = 7, heads: int = 4, head_dim: int = 48, text: int = 128) -> InterleavedFluxTransformer:
+def small_flux(
+    double: int = 2, single: int = 7, heads: int = 4, head_dim: int = 48, text: int = 128
+) -> InterleavedFluxTransformer:
     """A Flux with few parameters; modulations and output start at zero, so that every block starts as identity."""
     axis = head_dim // 3
     model = InterleavedFluxTransformer(

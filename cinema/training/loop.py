@@ -117,7 +117,8 @@ class averaged:
     """Within this block the task's model holds the averaged weights."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.own = run, {}
+        self.run = run
+        self.own: dict[str, Tensor] = {}
 
     def __enter__(self) -> None:
         state = self.run.task.model.state_dict()

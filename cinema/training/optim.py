@@ -12,7 +12,9 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
     Muon orthogonalises the update of a matrix. It suits the dense matrices inside transformer blocks; embeddings,
     modulation, norms and the output layer stay with AdamW.
     """
-    matrices = {n: p for n, p in model.named_parameters() if p.requires_grad and config.muon_lr and is_block_matrix(n, p)}
+    matrices = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and config.muon_lr and is_block_matrix(n, p)
+    }
     rest = [p for n, p in model.named_parameters() if p.requires_grad and n not in matrices]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
@@ -34,6 +36,6 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """True for the dense matrices inside blocks; modulation, position biases and embeddings are excluded."""
-    odd = ("norm", "scale_shift", "bias", "conv_shortcut")
-    return parameter.ndim == 2 and "block" in name and not any(x in name for x in odd)
+    """True for the dense matrices inside blocks; modulation and embeddings are excluded."""
+    odd = ("norm", "scale_shift", "conv_shortcut")
+    return parameter.ndim == 2 and "blocks." in name and not any(x in name for x in odd)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from jaxtyping import BFloat16, Float
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cinema.files import atomic
 from cinema.goldenmem import shrink
+from cinema.keyframes import encode_frames
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_movie
 from cinema.training.autoencoder import to_tensor
@@ -65,30 +66,15 @@ class StoryStore:
                     save_file(levels, part)
             yield path
 
-    @torch.no_grad()
     def _encode(self, frames: Float[Tensor, "n 3 h w"], side: int) -> BFloat16[Tensor, "_movies _shots _s _c"]:
         small = frames if side == self.sides[0] else shrink(frames, side)
-        tokens = torch.cat([encode(self.vae, chunk) for chunk in small.split(32)])
+        tokens = torch.cat([encode_frames(self.vae, chunk) for chunk in small.split(32)])
         return rearrange(tokens, "(n m) s c -> n m s c", m=self.shots).to(torch.bfloat16).contiguous()
 
 
 @lru_cache(maxsize=8192)
 def _movie(seed: int, index: int, shots: int) -> Movie:
     return sample_movie(f"train/{seed}/{index}", shots)
-
-
-def encode(vae: AutoencoderKL, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n s c"]:
-    """Frames in [-1, 1] as Flux's packed tokens: shifted, scaled latents in 2 x 2 patches."""
-    latents = vae.encode(frames.to(vae.dtype)).latent_dist.mode().float()
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return rearrange(latents, "n c (y i) (x j) -> n (y x) (c i j)", i=2, j=2)
-
-
-def decode(vae: AutoencoderKL, tokens: Float[Tensor, "n s c"], side: int) -> Float[Tensor, "n 3 h w"]:
-    """Undo `encode` for a level `side` patches high."""
-    latents = rearrange(tokens, "n (y x) (c i j) -> n c (y i) (x j)", y=side, i=2, j=2)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype)).sample.float()
 
 
 def sample_shots(rng: random.Random, available: int, count: int, stride: int = 3) -> list[int]:

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from cinema.config import TOY
 from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, HATS, PLACES, POSITIONS, SHAPES, SIZES
@@ -94,8 +102,9 @@ class ClipTask:
     def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
         torch.manual_seed(seed)
         self.seed = seed
-        self.model: nn.Module = CLIPModel.from_pretrained(init) if init else small_clip(**shape)
-        self.tokenizer = make_tokenizer(start=True)
+        self.model = CLIPModel.from_pretrained(init) if init else small_clip(**shape)
+        config: Any = self.model.config
+        self.tokenizer, self.side = make_tokenizer(start=True), config.vision_config.image_size
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Symmetric cross entropy over the batch's similarities."""
@@ -122,7 +131,7 @@ class ClipTask:
     def _inputs(self, frames: Float[Tensor, "n 3 h w"], captions: list[str]) -> dict[str, Tensor]:
         weight = next(self.model.parameters())
         tokens = tokenize(self.tokenizer, captions).to(weight.device)
-        side = self.model.config.vision_config.image_size  # type: ignore[union-attr]
+        side = self.side
         pixels = F.interpolate(frames, (side, side), mode="area").to(weight.device)
         return {"input_ids": tokens, "pixel_values": pixels}
 
@@ -148,8 +157,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Int[Ten
 
 def clip_text_tower(model: CLIPModel) -> CLIPTextModel:
     """The text half of a CLIP, as the Flux pipeline wants it."""
-    text = CLIPTextModel(model.config.text_config)
-    missing, unexpected = text.load_state_dict(model.text_model.state_dict(), strict=False)
-    if missing or unexpected:  # transformers moved the tower's parameters under another name
-        text.text_model.load_state_dict(model.text_model.state_dict())
+    config: Any = model.config
+    text = CLIPTextModel(CLIPTextConfig.from_dict(config.text_config.to_dict()))
+    text.load_state_dict(model.text_model.state_dict())
     return text

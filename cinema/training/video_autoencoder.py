@@ -1,0 +1,175 @@
+"""The video autoencoder: a small `AutoencoderKLLTXVideo`, trained on clips of the toy world.
+
+It has LTX-Video's layout, 32 x 32 pixels and 8 frames to a latent of 128 channels. The first latent frame sees the
+first picture only, and the decoder is causal too, so a shot's first frame depends on its keyframe's latent alone.
+Axes: `b` clips, `t` frames, `f` latent frames, `c` channels, `h w` pixels, `y x` latent grid.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTXVideo
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cinema.config import TOY
+from cinema.toyworld.draw import render
+from cinema.toyworld.world import Movie, Setup, sample_movie
+from cinema.training.autoencoder import edge_error, flatten_kernels, plain_state, psnr, to_image, to_tensor
+from cinema.training.config import Stage
+
+STRIDE = 32  # pixels of a latent's side
+
+
+class VideoAutoencoderLearner(nn.Module):
+    """What is trained: clips through a sample of their latents and back."""
+
+    def __init__(self, vae: AutoencoderKLLTXVideo) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(
+        self, clips: Float[Tensor, "b 3 t h w"], generator: torch.Generator
+    ) -> tuple[Float[Tensor, "b 3 t h w"], Float[Tensor, "b c f y x"], Float[Tensor, "b c f y x"]]:
+        """Decoded clips, and the latents' mean and log variance, in float32."""
+        posterior = self.vae.encode(clips.to(self.vae.encoder.conv_in.conv.weight.dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=clips.device)
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
+        return self.vae.decode(latents).sample.float(), posterior.mean.float(), posterior.logvar.float()
+
+
+class VideoAutoencoderTask:
+    """Clips to latents and back: absolute and squared error, edges, a little KL.
+
+    Args:
+        crop: pixels of the height of random 2:1 crops, a multiple of 32; the whole frame if None.
+        first: extra weight of the first frame, which has to be its keyframe.
+        motion: extra weight of pixels that differ from the first frame.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        init: str | None,
+        height: int = TOY.video.height,
+        frames: int = TOY.video.frames,
+        crop: int | None = None,
+        kl: float = 1e-5,
+        edges: float = 0.5,
+        first: float = 4.0,
+        motion: float = 2.0,
+        **shape: Any,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.seed, self.height, self.frames, self.crop = seed, height, frames, crop
+        self.kl, self.edges, self.first, self.motion = kl, edges, first, motion
+        vae = AutoencoderKLLTXVideo.from_pretrained(init) if init else small_video_autoencoder(**shape)
+        self.model = VideoAutoencoderLearner(vae)
+        flatten_kernels(self.model)
+
+    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """Error of reconstructing this step's clips from a sample of their latents."""
+        device = next(model.parameters()).device
+        clips = self._crops(clips_of_step(self.seed, step, stage.batch, self.height, self.frames), step).to(device)
+        decoded, mean, logvar = model(clips, torch.Generator(device).manual_seed(step))
+        difference, weight = decoded - clips, self._weight(clips)
+        pixel = (weight * (difference.abs() + 2 * difference.square())).mean() / weight.mean()
+        edge = edge_error(_frames(decoded), _frames(clips)) + self.first * edge_error(decoded[:, :, 0], clips[:, :, 0])
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = pixel + self.edges * edge / (1 + self.first) + self.kl * kl
+        figures = {"psnr": psnr(decoded, clips), "psnr_first": psnr(decoded[:, :, 0], clips[:, :, 0]), "kl": kl.item()}
+        return loss, figures
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Measure mean and standard deviation of the latents' channels on fresh clips, then write the folder."""
+        vae = AutoencoderKLLTXVideo.from_config(self.model.vae.config)
+        vae.load_state_dict(plain_state(self.model.vae))
+        latents = torch.cat(
+            [
+                vae.encode(clips_of_step(self.seed, 10**7 + i, 4, self.height, self.frames)).latent_dist.mode()
+                for i in range(8)
+            ]
+        )
+        vae.latents_mean.copy_(latents.mean((0, 2, 3, 4)))
+        vae.latents_std.copy_(latents.std((0, 2, 3, 4)))
+        vae.to(torch.bfloat16).save_pretrained(folder)
+
+    @torch.no_grad()
+    def sample(self, path: Path, stage: Stage) -> None:
+        """First, middle and last frames of fresh clips above their reconstructions."""
+        clips = clips_of_step(self.seed, 10**7 + 100, 3, self.height, self.frames)
+        decoded = self.model.vae.decode(self.model.vae.encode(clips).latent_dist.mode()).sample
+        shown = torch.stack([clips, decoded])[:, :, :, [0, self.frames // 2, self.frames - 1]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_image(rearrange(shown, "two b c t h w -> c (b two h) (t w)")).save(path)
+
+    def _crops(self, clips: Float[Tensor, "b 3 t h w"], step: int) -> Float[Tensor, "b 3 t _h _w"]:
+        if self.crop is None:
+            return clips
+        rng, cut = random.Random(f"crops/{self.seed}/{step}"), []
+        for clip in clips:
+            top, left = rng.randint(0, self.height - self.crop), rng.randint(0, 2 * (self.height - self.crop))
+            cut.append(clip[:, :, top : top + self.crop, left : left + 2 * self.crop])
+        return torch.stack(cut)
+
+    def _weight(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 1 t h w"]:
+        moved = ((clips - clips[:, :, :1]).abs().amax(1, keepdim=True) > 0.1).float()
+        weight = 1 + self.motion * moved
+        weight[:, :, 0] += self.first
+        return weight
+
+
+def small_video_autoencoder(
+    channels: tuple[int, ...] = (32, 32, 64, 128),
+    layers: tuple[int, ...] = (1, 1, 1, 0),
+    decoder_channels: tuple[int, ...] = (32, 32, 128),
+    decoder_layers: tuple[int, ...] = (1, 1, 2, 0),
+    upsample_factor: tuple[int, ...] = (1, 1, 4),
+    latent_channels: int = 128,
+) -> AutoencoderKLLTXVideo:
+    """An `AutoencoderKLLTXVideo` with LTX-Video's strides (8 x 32 x 32) and few parameters.
+
+    Built of LTX-Video 0.9.5's blocks, which move pixels into channels and back past every convolution. No noise is
+    injected and the decoder knows no time. The posterior starts narrow.
+    """
+    blocks = len(decoder_channels)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=latent_channels,
+        block_out_channels=tuple(channels),
+        down_block_types=("LTXVideo095DownBlock3D",) * blocks,
+        downsample_type=("spatiotemporal",) * blocks,
+        spatio_temporal_scaling=(True,) * blocks,
+        layers_per_block=tuple(layers),
+        decoder_block_out_channels=tuple(decoder_channels),
+        decoder_spatio_temporal_scaling=(True,) * blocks,
+        decoder_layers_per_block=tuple(decoder_layers),
+        decoder_inject_noise=(False,) * (blocks + 1),
+        upsample_residual=(True,) * blocks,
+        upsample_factor=tuple(upsample_factor),
+        timestep_conditioning=False,
+        decoder_causal=True,
+    )
+    with torch.no_grad():
+        vae.encoder.conv_out.conv.weight[latent_channels:] *= 0.1
+        vae.encoder.conv_out.conv.bias[latent_channels:] = -6.0
+    return vae
+
+
+def clip_frames(movie: Movie, setup: Setup, height: int, frames: int) -> Float[Tensor, "3 frames h w"]:
+    """A shot of the toy world as RGB in [-1, 1]."""
+    moments = [render(movie, setup, height, time=i / max(1, frames - 1)) for i in range(frames)]
+    return rearrange(to_tensor(moments), "t c h w -> c t h w")
+
+
+def clips_of_step(seed: int, step: int, count: int, height: int, frames: int) -> Float[Tensor, "count 3 frames h w"]:
+    """Fresh clips, RGB in [-1, 1]; a function of (seed, step) alone."""
+    movies = (sample_movie(f"clips/{seed}/{step}/{i}", 1) for i in range(count))
+    return torch.stack([clip_frames(m, m.shots[0], height, frames) for m in movies])
+
+
+def _frames(clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "n 3 h w"]:
+    return rearrange(clips, "b c t h w -> (b t) c h w")
