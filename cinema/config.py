@@ -132,7 +132,7 @@ FLUX = Preset(
         steps=28,
         shift=3.0,
         distilled_guidance=3.5,
-        memory_levels=6,  # 25, 15, 9, 5, 3, 2
+        memory_levels=6,  # sides 25, 15, 9, 5, 3, 2
     ),
     video=replace(
         TOY.video,

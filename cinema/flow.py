@@ -30,13 +30,6 @@ def velocity(data: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]) -> F
     return noise - data
 
 
-def denoised(
-    sample: Float[Tensor, "b p *rest"], velocity: Float[Tensor, "b p *rest"], sigma: Float[Tensor, "b p"]
-) -> Float[Tensor, "b p *rest"]:
-    """The data a velocity points back to: x - sigma velocity."""
-    return sample - _like(sigma, sample) * velocity
-
-
 def shift_time(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
     """Bend time towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024, eq. 23).
 

@@ -68,8 +68,9 @@ def attend_causal(
 ) -> Float[Tensor, "b k n h"]:
     """Causal between pairs: pair i sees the pairs up to itself, and all of its own tokens.
 
-    On a CPU one plain attention per pair over a prefix of the keys; on CUDA one flex_attention with a block
-    mask (compiled at first use; this branch needs a GPU and is not exercised by the CPU tests).
+    One plain attention per pair over a prefix of the keys; training on CUDA one flex_attention with a block
+    mask instead, compiled at first use. The tests check that mask and eager flex_attention on a CPU; the
+    compiled kernel needs a GPU and is not exercised by them.
 
     Args:
         q: queries of the pairs, in order.
@@ -82,7 +83,7 @@ def attend_causal(
     if sum(lengths) != q.shape[2] or k.shape[2] < q.shape[2]:
         raise ValueError(f"lengths {list(lengths)}, {q.shape[2]} queries and {k.shape[2]} keys do not fit together")
     past = k.shape[2] - q.shape[2]
-    if q.device.type == "cuda" and len(lengths) > 1:
+    if q.device.type == "cuda" and torch.is_grad_enabled() and len(lengths) > 1:
         return _flex()(q, k, v, block_mask=_block_mask(tuple(lengths), past, q.device))
     done, start = [], 0
     for length in lengths:
@@ -96,7 +97,7 @@ def attend_causal(
 def _flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 @lru_cache(maxsize=64)
@@ -105,8 +106,6 @@ def _block_mask(lengths: tuple[int, ...], past: int, device: torch.device) -> An
 
     pair = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     keys = torch.cat([pair.new_full((past,), -1), pair])  # cached keys count as an earlier pair
-
-    def seen(b: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return pair[query] >= keys[key]
-
-    return create_block_mask(seen, None, None, len(pair), len(keys), device=str(device))
+    return create_block_mask(
+        lambda b, k, i, j: pair[i] >= keys[j], None, None, len(pair), len(keys), device=str(device)
+    )

@@ -287,7 +287,7 @@ class InterleavedFluxTransformer(FluxTransformer2DModel):
         tembs = [self._condition(group, guidance) for group in groups]  # b p d
         x = pairs.gather([self._local(group, temb) for group, temb in zip(groups, tembs, strict=True)])  # b n d
         temb = torch.stack([tembs[g][:, j] for g, j in pairs.order], dim=1)  # b p d
-        rope = self._rope([_positions(groups[g], int(groups[g].index[j])) for g, j in pairs.order])
+        rope = self._rope([_positions(groups[g], k) for k, (g, _) in zip(pairs.index, pairs.order, strict=True)])
         for i, block in enumerate(self.single_transformer_blocks):
             past = cache.blocks[i] if cache is not None else None
             x, key_value = self._run(block, x, None, temb, rope, None, pairs, causal, past)

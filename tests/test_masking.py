@@ -3,6 +3,7 @@ from itertools import product
 import pytest
 import torch
 from einops import rearrange
+from torch.nn.attention.flex_attention import flex_attention
 
 import cinema.masking
 from cinema.masking import attend_causal, attend_dense, attend_full, pair_mask
@@ -60,3 +61,14 @@ def test_lengths_must_fit_the_queries() -> None:
     q, k, v = qkv()
     with pytest.raises(ValueError, match=r"lengths \[3, 1\], 8 queries and 8 keys"):
         attend_causal(q, k, v, [3, 1])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # compiled, it needs a GPU
+@pytest.mark.parametrize("past", [0, 4])
+def test_block_mask_of_the_gpu_path_equals_the_loop(past: int) -> None:
+    q, k, v = (x.detach() for x in qkv())
+    lengths = LENGTHS if past == 0 else LENGTHS[2:]
+    mask = cinema.masking._block_mask(tuple(lengths), past, torch.device("cpu"))
+    out = flex_attention(q[:, :, past:], k, v, block_mask=mask)
+    assert torch.allclose(out, attend_causal(q[:, :, past:], k, v, lengths), atol=1e-5)

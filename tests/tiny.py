@@ -13,11 +13,8 @@ from cinema.config import TOY, Preset
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 CHANNELS, TEXT, POOLED = 16, 32, 24
-SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
-WORDS = [
-    *SPECIAL,
-    *["<ada>", "<bo>", "<cleo>", "shot,", "wide", "close", "forest.", "city.", "left,", "right,", "jumping."],
-]
+WORDS = ["<pad>", "</s>", "<s>", "<unk>", "<ada>", "<bo>", "<cleo>"]
+WORDS += ["wide", "close", "shot,", "forest.", "city.", "left,", "right,", "jumping."]
 
 
 def transformer_config(guidance: bool = True) -> dict[str, object]:

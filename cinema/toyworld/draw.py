@@ -241,7 +241,7 @@ def hat_points(hat: str, top: float) -> list[tuple[Points, RGB]]:
         wings = [np.array([[0.0, t - 0.06], [s * 0.22, t - 0.18], [s * 0.22, t + 0.05]]) for s in (-1, 1)]
         return [
             *((w, HAT_COLOURS["bow"]) for w in wings),
-            (ellipse(0, t - 0.06, 0.05, 0.05), shade(HAT_COLOURS["bow"], 0.7)),
+            (ellipse(0.0, t - 0.06, 0.05, 0.05), shade(HAT_COLOURS["bow"], 0.7)),
         ]
     return []
 
@@ -289,13 +289,13 @@ def _inset(points: Points, share: float = 0.93) -> Points:
 SHAPE_POINTS: dict[
     str, tuple[Points, float, float, float]
 ] = {  # outline, top of the head, eyes, half width at the arms
-    "round": (ellipse(0, -0.44, 0.44, 0.44), -0.87, -0.50, 0.42),
+    "round": (ellipse(0.0, -0.44, 0.44, 0.44), -0.87, -0.50, 0.42),
     "square": (box(-0.37, -0.78, 0.37, 0.0), -0.78, -0.50, 0.37),
     "triangle": (np.array([[0.0, -0.98], [-0.5, 0.0], [0.5, 0.0]]), -0.90, -0.36, 0.38),
     "tall": (capsule(0.0, -0.76, 0.0, -0.22, 0.24, 20), -0.98, -0.68, 0.22),
     "diamond": (np.array([[0.0, -0.98], [-0.44, -0.49], [0.0, 0.0], [0.44, -0.49]]), -0.90, -0.52, 0.32),
     "pear": (
-        np.concatenate([arc(0, -0.30, 0.43, -0.30), arc(0, -0.70, 0.27, 0.28)[::-1]]),
+        np.concatenate([arc(0.0, -0.30, 0.43, -0.30), arc(0.0, -0.70, 0.27, 0.28)[::-1]]),
         -0.96,
         -0.68,
         0.38,

@@ -36,4 +36,6 @@ def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
     try:
         return getattr(import_module(module), kind)(seed=seed, init=init, **options)
     except TypeError as error:
+        if "argument" not in str(error):
+            raise  # a fault of ours, not of the options
         raise UserError(f"task {name}: {error}; correct the options") from None

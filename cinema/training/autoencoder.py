@@ -1,5 +1,6 @@
 """The image autoencoder: a small `AutoencoderKL`, trained on frames of the toy world."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ class AutoencoderTask:
         """Measure the latents' shift and scale on fresh frames, then write the autoencoder's folder."""
         frames = frames_of_step(self.seed, 10**7, 64, self.height)
         latents = self.model.vae.encode(frames).latent_dist.mode()
-        self.model.vae.register_to_config(
-            shift_factor=round(latents.mean().item(), 5), scaling_factor=round(1 / latents.std().item(), 5)
-        )
-        vae = AutoencoderKL.from_config(self.model.vae.config)
+        moments = {
+            "shift_factor": round(latents.mean().item(), 5),
+            "scaling_factor": round(1 / latents.std().item(), 5),
+        }
+        vae = AutoencoderKL.from_config(self.model.vae.config, **moments)
         vae.load_state_dict(plain_state(self.model.vae))
         vae.to(torch.bfloat16).save_pretrained(folder)
 
@@ -110,7 +112,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def small_autoencoder(
-    channels: tuple[int, ...] = (16, 32, 64, 128), latent_channels: int = 16, layers: int = 1
+    channels: Sequence[int] = (16, 32, 64, 128), latent_channels: int = 16, layers: int = 1
 ) -> AutoencoderKL:
     """An `AutoencoderKL` with FLUX's latent layout (16 channels at 1/8) and few parameters.
 
@@ -159,4 +161,5 @@ def edge_error(a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Floa
 
 def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
     """Peak signal-to-noise ratio of pictures in [-1, 1], in dB."""
-    return float(10 * torch.log10(4 / (a.float().clamp(-1, 1) - b.float()).square().mean()))
+    error = (a.detach().float().clamp(-1, 1) - b.float()).square().mean()
+    return float(10 * torch.log10(4 / error))

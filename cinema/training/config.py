@@ -35,7 +35,7 @@ class TrainConfig(_Strict):
     """A training run.
 
     Attributes:
-        task: what is trained; see `cinema.training.TASKS`.
+        task: what is trained, one of ``cinema.training.TASKS``.
         options: the task's own settings, checked by the task.
         lr: AdamW's learning rate; matrices of the blocks use `muon_lr` with Muon where it is given.
         warmup: steps of linear warm-up; then cosine to `final_lr` of the rate over all stages.

@@ -7,9 +7,10 @@ is exact: on the CPU an interrupted run ends with the same bits as an uninterrup
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from cinema.training.optim import make_optimizers
 Progress = Callable[[int, int, str], None]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What differs between the models: the data, the loss, and how weights are written and looked at.
 
@@ -72,24 +74,8 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
     task.model.to(accelerator.device)
     learner = HalfPrecision(task.model) if config.precision == "bf16" else task.model
     model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
-    log, clock, since = _Log(out, run.step), time.monotonic(), run.step
-    while run.step < config.total_steps:
-        stage = config.stage_at(run.step)
-        figures = _one_step(run, model, stage, accelerator)
-        run.step += 1
-        if run.step % config.log_every == 0 or run.step == config.total_steps:
-            now = time.monotonic()
-            figures["steps_per_s"] = (run.step - since) / (now - clock)
-            clock, since = now, run.step
-            log.write(run.step, figures)
-            if on_progress:
-                on_progress(run.step, config.total_steps, f"loss {figures['loss']:.4f}")
-        if run.step % config.sample_every == 0:
-            with averaged(run):
-                task.sample(out / "samples" / f"{run.step:07d}.png", stage)
-        if run.step % config.save_every == 0 or run.step == config.total_steps:
-            save_checkpoint(run, out, config.keep)
-    log.close()
+    with closing(_Log(out, run.step)) as log:
+        _train(run, model, accelerator, log, on_progress)
     with averaged(run):
         task.save(out / "weights")
         task.sample(out / "samples" / "final.png", config.stages[-1])
@@ -145,6 +131,26 @@ def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
     if newest:
         load_checkpoint(run, newest)
     return run
+
+
+def _train(run: Run, model: nn.Module, accelerator: Accelerator, log: "_Log", on_progress: Progress | None) -> None:
+    config, out, clock, since = run.config, run.out, time.monotonic(), run.step
+    while run.step < config.total_steps:
+        stage = config.stage_at(run.step)
+        figures = _one_step(run, model, stage, accelerator)
+        run.step += 1
+        if run.step % config.log_every == 0 or run.step == config.total_steps:
+            now = time.monotonic()
+            figures["steps_per_s"] = (run.step - since) / (now - clock)
+            clock, since = now, run.step
+            log.write(run.step, figures)
+            if on_progress:
+                on_progress(run.step, config.total_steps, f"loss {figures['loss']:.4f}")
+        if run.step % config.sample_every == 0:
+            with averaged(run):
+                run.task.sample(out / "samples" / f"{run.step:07d}.png", stage)
+        if run.step % config.save_every == 0 or run.step == config.total_steps:
+            save_checkpoint(run, out, config.keep)
 
 
 def _one_step(run: Run, model: nn.Module, stage: Stage, accelerator: Accelerator) -> dict[str, float]:

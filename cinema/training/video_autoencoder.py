@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLLTXVideo
+from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -80,7 +80,9 @@ class VideoAutoencoderTask:
         edge = edge_error(_frames(decoded), _frames(clips)) + self.first * edge_error(decoded[:, :, 0], clips[:, :, 0])
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = pixel + self.edges * edge / (1 + self.first) + self.kl * kl
-        figures = {"psnr": psnr(decoded, clips), "psnr_first": psnr(decoded[:, :, 0], clips[:, :, 0]), "kl": kl.item()}
+        with torch.no_grad():
+            first = psnr(decoded[:, :, 0], clips[:, :, 0])
+            figures = {"psnr": psnr(decoded.detach(), clips), "psnr_first": first, "kl": kl.item()}
         return loss, figures
 
     @torch.no_grad()

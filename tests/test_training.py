@@ -1,0 +1,206 @@
+"""Training: exact resume, checkpoints that survive a crash, configs that answer, one step of every toy task."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cinema.errors import UserError
+from cinema.training import make_task, train
+from cinema.training.autoencoder import AutoencoderTask, edge_error, plain_state, psnr, to_image, to_tensor
+from cinema.training.checkpoint import latest_checkpoint
+from cinema.training.config import Stage, TrainConfig, load_config
+from cinema.training.loop import HalfPrecision, run_training
+from cinema.training.stories import sample_shots
+from cinema.training.text import make_tokenizer, tokenize, vocabulary
+
+TINY = {"height": 32, "channels": [8, 8, 8, 8], "latent_channels": 4}
+
+
+def settings(**changes: object) -> TrainConfig:
+    told = {
+        "task": "autoencoder",
+        "options": TINY,
+        "stages": [{"steps": 4, "batch": 1}, {"steps": 4, "batch": 2}],
+        "muon_lr": 1e-3,
+        "save_every": 3,
+        "log_every": 2,
+        "sample_every": 5,
+        "warmup": 2,
+    }
+    return TrainConfig.model_validate(told | changes)
+
+
+def tiny_task() -> AutoencoderTask:
+    return AutoencoderTask(seed=0, init=None, **TINY)
+
+
+class Stopping(AutoencoderTask):
+    """Stops the run in the middle of a step, as a crash would."""
+
+    def loss(self, model, stage, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return super().loss(model, stage, step)
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
+    run_training(settings(), tiny_task(), tmp_path / "whole", resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(settings(), Stopping(seed=0, init=None, **TINY), tmp_path / "cut", resume=False)
+    assert latest_checkpoint(tmp_path / "cut").name == "checkpoint-0000003.safetensors"
+    run_training(settings(), tiny_task(), tmp_path / "cut", resume=True)
+    name = "checkpoint-0000008.safetensors"
+    assert same(tmp_path / "whole" / name, tmp_path / "cut" / name)
+    losses = [[json.loads(x)["loss"] for x in (tmp_path / d / "log.jsonl").open()] for d in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_kill_and_the_same_command_again(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        yaml.safe_dump(settings(stages=[{"steps": 30, "batch": 1}], save_every=5).model_dump(mode="json"))
+    )
+    command = [sys.executable, "-m", "cinema.cli", "train", str(config), "--resume", "-o"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(tmp_path / "cut")], env=env, stderr=subprocess.DEVNULL)
+    while process.poll() is None and latest_checkpoint(tmp_path / "cut") is None:
+        time.sleep(0.01)  # polls for a state, proves nothing by its length
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for folder in ("cut", "whole"):
+        subprocess.run([*command, str(tmp_path / folder)], env=env, check=True, capture_output=True)
+    assert same(*(tmp_path / d / "checkpoint-0000030.safetensors" for d in ("cut", "whole")))
+    assert (tmp_path / "cut" / "weights" / "config.json").is_file()
+
+
+def test_a_checkpoint_cut_in_half_is_passed_over(tmp_path: Path) -> None:
+    run_training(settings(), tiny_task(), tmp_path, resume=False)
+    newest = tmp_path / "checkpoint-0000008.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert latest_checkpoint(tmp_path).name == "checkpoint-0000006.safetensors"
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    run_training(settings(), tiny_task(), tmp_path, resume=False)
+    with pytest.raises(UserError, match="another config"):
+        run_training(settings(lr=1e-5), tiny_task(), tmp_path, resume=True)
+    with pytest.raises(UserError, match="--resume"):
+        run_training(settings(), tiny_task(), tmp_path, resume=False)
+
+
+def test_a_loss_that_is_not_a_number_names_the_step(tmp_path: Path) -> None:
+    class Broken(AutoencoderTask):
+        def loss(self, model, stage, step):
+            loss, figures = super().loss(model, stage, step)
+            return loss * (float("nan") if step == 4 else 1.0), figures
+
+    with pytest.raises(UserError, match=r"step 4 is nan.*checkpoint-0000003"):
+        run_training(settings(), Broken(seed=0, init=None, **TINY), tmp_path, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": 1}, "learning_rate"),
+        ({"stages": []}, "stages"),
+        ({"stages": [{"steps": 0, "batch": 1}]}, "steps"),
+        ({"lr": -1}, "lr"),
+    ],
+)
+def test_config_errors_name_the_key(tmp_path: Path, change: dict, words: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"task": "autoencoder", "stages": [{"steps": 1, "batch": 1}]} | change))
+    with pytest.raises(UserError, match=words):
+        load_config(path)
+
+
+def test_missing_and_broken_configs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        train(tmp_path / "none.yaml", tmp_path / "run")
+    (tmp_path / "x.yaml").write_text("task: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        train(tmp_path / "x.yaml", tmp_path / "run")
+    with pytest.raises(UserError, match="no task 'x'"):
+        make_task("x", 0, None, {})
+    with pytest.raises(UserError, match="colour"):
+        make_task("autoencoder", 0, None, {"colour": 1})
+
+
+def test_every_shipped_config_is_valid() -> None:
+    paths = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert paths and all(load_config(p).total_steps > 0 for p in paths)
+
+
+def test_rate_warms_up_holds_and_decays() -> None:
+    config = settings(stages=[{"steps": 100, "batch": 1}], warmup=9, decay_from=0.5, final_lr=0.1)
+    assert config.rate(0) == pytest.approx(0.1)
+    assert config.rate(30) == 1.0
+    assert config.rate(75) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert config.rate(100) == pytest.approx(0.1)
+
+
+def test_half_precision_gives_float32_gradients_near_the_full_ones() -> None:
+    task = tiny_task()
+    stage = Stage(steps=1, batch=2)
+    full, _ = task.loss(task.model, stage, 0)
+    full.backward()
+    exact = {n: p.grad.clone() for n, p in task.model.named_parameters()}
+    task.model.zero_grad()
+    half, _ = task.loss(HalfPrecision(task.model), stage, 0)
+    half.backward()
+    grads = {n: p.grad for n, p in task.model.named_parameters()}
+    assert all(g.dtype == torch.float32 for g in grads.values())
+    assert half.item() == pytest.approx(full.item(), rel=0.05)  # bfloat16 keeps 8 bits
+    a, b = (torch.cat([g[n].flatten() for n in exact]) for g in (exact, grads))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.97
+
+
+def test_saved_autoencoder_loads_and_is_the_same(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    task = tiny_task()
+    task.save(tmp_path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    for name, value in plain_state(task.model.vae).items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-2, atol=1e-2)  # saved as bfloat16
+
+
+def test_pictures_round_trip() -> None:
+    frames = (torch.randint(0, 256, (1, 3, 8, 16)).float()) / 127.5 - 1
+    assert torch.equal(to_tensor([to_image(frames[0])]), frames)
+    assert psnr(frames, frames * 0.9) > 15 and edge_error(frames, frames + 0.1).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_tokenizers_know_the_shot_list_and_spell_the_rest() -> None:
+    t5, clip = make_tokenizer(start=False), make_tokenizer(start=True)
+    line = "wide shot, forest. <ada> left, jumping: red round, crown. pan left."
+    assert t5.decode(t5(line).input_ids[:-1]) == "wide shot forest <ada> left jumping red round crown pan left"
+    assert len(clip(line).input_ids) == len(t5(line).input_ids) + 1
+    assert t5.unk_token_id not in t5("A zeppelin over Oz").input_ids
+    assert tokenize(t5, ["", line]).shape == (2, t5.model_max_length)
+    assert len(set(vocabulary())) == len(vocabulary())
+
+
+def test_windows_are_ordered_and_inside_the_film() -> None:
+    import random
+
+    seen = set()
+    for seed in range(300):
+        shots = sample_shots(random.Random(seed), 12, 8)
+        assert len(shots) == 8 and shots == sorted(set(shots)) and shots[0] >= 0 and shots[-1] < 12
+        seen.add(tuple(shots))
+    assert len(seen) > 50  # strided windows: far more than the 5 consecutive ones
