@@ -11,6 +11,7 @@ from pathlib import Path
 from cinema.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights"
+PHI = (1 + 5**0.5) / 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class KeyframeSettings:
         distilled_guidance: the scale a guidance-distilled base (FLUX.1-dev) is told; ignored by others.
         context_sigma: noise of remembered keyframes, in the paper's best range 0.001-0.25.
         memory_levels, memory_group: GoldenMem levels kept, and images per level.
+        memory_ratio: between the sides of neighbouring levels; the paper's is the golden ratio.
     """
 
     weights: str
@@ -40,6 +42,7 @@ class KeyframeSettings:
     context_sigma: float
     memory_levels: int
     memory_group: int
+    memory_ratio: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,11 @@ class Preset:
     video: VideoSettings
 
 
-TOY_NAMES = "ada bo cleo dax eva finn gus hana ivo juno kit lena milo nia otto pia".split()
+# fmt: off
+TOY_NAMES = (
+    "ada", "bo", "cleo", "dax", "eva", "finn", "gus", "hana", "ivo", "juno", "kit", "lena", "milo", "nia", "otto", "pia",
+)
+# fmt: on
 
 TOY = Preset(
     name="toy",
@@ -104,6 +111,7 @@ TOY = Preset(
         context_sigma=0.05,
         memory_levels=5,
         memory_group=4,
+        memory_ratio=1.58,  # sides 8, 5, 3, 2, 1; so small a grid rounds the golden ratio to 8, 4, 3, 1, 1
     ),
     video=VideoSettings(
         weights=str(WEIGHTS / "video"),
@@ -133,6 +141,7 @@ FLUX = Preset(
         shift=3.0,
         distilled_guidance=3.5,
         memory_levels=6,  # sides 25, 15, 9, 5, 3, 2
+        memory_ratio=PHI,
     ),
     video=replace(
         TOY.video,

@@ -7,7 +7,7 @@ are (paper, section 3.2). Text is not compressed. Axes: `n` frames, `s` tokens o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, sqrt
+from math import floor
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-PHI = (1 + sqrt(5)) / 2
+from cinema.config import PHI
+
 PATCH = 16  # pixels of a patch's side: 8 of the VAE times 2 of the packing
 
 

@@ -299,7 +299,9 @@ class _Memory:
         """Noisy context for the next keyframe, a group per level, and which shot is remembered how large."""
         planner, shots = self.planner, list(self.shots)
         settings = planner.settings
-        layout = Layout(len(shots) + 1, planner.side, settings.memory_levels, settings.memory_group)
+        layout = Layout(
+            len(shots) + 1, planner.side, settings.memory_levels, settings.memory_group, settings.memory_ratio
+        )
         groups = []
         for side, places in layout.by_level():
             if old := [i for i in places if i < len(shots)]:  # the last place is the next keyframe's own

@@ -141,7 +141,8 @@ def parse_story(text: str, name: str = "story") -> Story:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise StoryError(f"{name}{where}: not valid YAML ({getattr(error, 'problem', error)}); correct it there") from None
+        problem = getattr(error, "problem", error)
+        raise StoryError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
     if not isinstance(data, dict):
         raise StoryError(f"{name}: not a story; it needs title, cast, sets and shots")
     try:

@@ -6,7 +6,6 @@ the character explains better than the background does; its *confidence* is that
 on this background would gain. Prices are squared distances, mean over the channels, of RGB in [0, 1].
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +14,8 @@ from jaxtyping import Float
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from cinema.toyworld.draw import BASELINE, Camera, Paper, camera_at, draw_character
-from cinema.toyworld.world import ACTIONS, CAMERAS, PLACES, POSITIONS, SIZES, Actor, Look, Setup, all_looks
+from cinema.toyworld.draw import Camera, Paper, draw_character
+from cinema.toyworld.world import PLACES, POSITIONS, SIZES, Actor, Look, Setup, all_looks
 
 HEIGHT = 128  # pixels that every frame is read at
 REACH = 4  # pixels by which a character may stand beside its mark
@@ -162,7 +161,7 @@ class _Scene:
         best = max((*self._fit(t, at, look, s), look, s) for look, s in zip(looks, shifts))
         for _ in range(1):
             around = [(best[3][0] + dy, best[3][1] + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            around = [s for s in around if 0 <= min(s) and max(s) <= 2 * REACH]
+            around = [s for s in around if min(s) >= 0 and max(s) <= 2 * REACH]
             cand = sorted(((*self._fit(t, at, look, s), look, s) for look, s in zip(looks, shifts)), reverse=True)[:3]
             best = max((*self._fit(t, at, c[2], s), c[2], s) for c in cand for s in around)
         gain, confidence, look, (y, x) = best

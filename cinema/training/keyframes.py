@@ -20,7 +20,7 @@ from transformers import CLIPModel, T5EncoderModel
 
 from cinema.config import TOY
 from cinema.flow import add_noise, sample_sigma, velocity
-from cinema.goldenmem import Layout, coordinates
+from cinema.goldenmem import PATCH, Layout, coordinates
 from cinema.keyframes import KeyframePlanner, TextEncoders
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
@@ -102,8 +102,7 @@ class KeyframeTask:
         self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
         self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
         self.model = self._load(init) if init else KeyframeLearner(small_flux(**shape), small_t5())
-        layout = Layout(shots, self.settings.height // 16, self.settings.memory_levels, self.settings.memory_group)
-        sides = tuple(sorted(set(layout.sides), reverse=True))
+        sides = tuple(side for side, _ in self._layout(shots, self.settings.memory_group).by_level())
         self.store = StoryStore(Path(cache), self.vae, seed, movies, shots, sides)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
@@ -158,7 +157,8 @@ class KeyframeTask:
         to_image(torch.cat([torch.cat(list(to_tensor(row)), 2) for row in rows], 1)).save(path)
 
     def _layout(self, pairs: int, group: int | None = None) -> Layout:
-        return Layout(pairs, self.settings.height // 16, self.settings.memory_levels, group or pairs)
+        s = self.settings
+        return Layout(pairs, s.height // PATCH, s.memory_levels, group or pairs, s.memory_ratio)
 
     def _windows(self, rng: random.Random, stage: Stage, layout: Layout) -> tuple[list[list[str]], list[Tensor]]:
         captions, levels = [], []
