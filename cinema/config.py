@@ -91,7 +91,8 @@ class Preset:
 
 # fmt: off
 TOY_NAMES = (
-    "ada", "bo", "cleo", "dax", "eva", "finn", "gus", "hana", "ivo", "juno", "kit", "lena", "milo", "nia", "otto", "pia",
+    "ada", "bo", "cleo", "dax", "eva", "finn", "gus", "hana",
+    "ivo", "juno", "kit", "lena", "milo", "nia", "otto", "pia",
 )
 # fmt: on
 

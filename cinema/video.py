@@ -1,0 +1,345 @@
+"""Video synthesis: keyframes become moving shots, several shots at once, on LTX-Video's transformer and VAE.
+
+A window of shots is one sequence. All shots attend to each other, so every shot sees every keyframe of its window:
+a keyframe is the nearly clean first latent frame of its own shot. Each shot has its own noise level, its own range
+of rope coordinates and its own caption beside the window's global one (Long Context Tuning, Guo et al. 2025,
+section 3); all are plain arguments of the stock transformer.
+Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their tokens, `c` channels, `f y x` latents.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, T5EncoderModel
+
+from cinema.config import Preset, VideoSettings
+from cinema.errors import UserError
+from cinema.flow import euler, schedule
+from cinema.keyframes import rename, to_image, to_tensor
+from cinema.story import Shot, Story
+
+Progress = Callable[[int, int, str], None]
+TIME, SPACE = 8, 32  # frames and pixels of a latent, LTX-Video's
+
+
+@dataclass(frozen=True)
+class Window:
+    """Shots that are synthesised together, as one sequence of tokens.
+
+    Attributes:
+        frames: of every shot, 8 j + 1 each.
+        height, width: pixels, multiples of 32.
+        fps: frames per second; rope counts time in seconds.
+
+    Raises:
+        ValueError: no shot, or numbers that LTX-Video's latents cannot have.
+    """
+
+    frames: tuple[int, ...]
+    height: int
+    width: int
+    fps: int
+
+    def __post_init__(self) -> None:
+        if not self.frames or any(n < 1 or n % TIME != 1 for n in self.frames):
+            raise ValueError(f"shots of {self.frames} frames; a window needs at least one, of {TIME} j + 1 frames each")
+        if self.height % SPACE or self.width % SPACE:
+            raise ValueError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {SPACE}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent rows and columns."""
+        return self.height // SPACE, self.width // SPACE
+
+    @property
+    def latent_frames(self) -> tuple[int, ...]:
+        """Latent frames of every shot."""
+        return tuple((n - 1) // TIME + 1 for n in self.frames)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of every shot."""
+        return [f * self.grid[0] * self.grid[1] for f in self.latent_frames]
+
+    @cached_property
+    def shot(self) -> Int[Tensor, "s"]:
+        """The shot that each token belongs to."""
+        return torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
+
+    @cached_property
+    def first(self) -> Bool[Tensor, "s"]:
+        """True for tokens of the first latent frame of a shot, where its keyframe is."""
+        area = self.grid[0] * self.grid[1]
+        return torch.cat([torch.arange(size) < area for size in self.sizes])
+
+    @cached_property
+    def coordinates(self) -> Float[Tensor, "3 s"]:
+        """(seconds, y, x) of each token: stock LTX-Video's in each shot, and each shot starts where the last ended."""
+        parts, start = [], 0
+        for count, latents in zip(self.frames, self.latent_frames, strict=True):
+            time = (start + (torch.arange(latents) * TIME + 1 - TIME).clamp(min=0)) / self.fps
+            y, x = (torch.arange(n, dtype=torch.float32) * SPACE for n in self.grid)
+            parts.append(torch.stack(torch.meshgrid(time, y, x, indexing="ij")).flatten(1))
+            start += count
+        return torch.cat(parts, dim=1)
+
+    def caption_bias(self, words: Bool[Tensor, "b n t"]) -> Float[Tensor, "b s nt"]:
+        """What is added to cross attention's scores: a token reads the global caption (the first) and its shot's own.
+
+        `words` is False for padding. -10,000 hides, as in stock LTX-Video.
+        """
+        caption = torch.arange(words.shape[1], device=words.device) - 1
+        own = (caption == -1) | (caption == self.shot.to(words.device)[:, None])  # s n
+        seen = rearrange(words, "b n t -> b 1 n t") & rearrange(own, "s n -> s n 1")
+        return rearrange((~seen).float() * -10_000, "b s n t -> b s (n t)")
+
+
+def window_velocity(
+    transformer: torch.nn.Module,
+    tokens: Float[Tensor, "b s c"],
+    sigma: Float[Tensor, "b s"],
+    states: Float[Tensor, "b n t e"],
+    words: Bool[Tensor, "b n t"],
+    window: Window,
+) -> Float[Tensor, "b s c"]:
+    """Velocity of every token of a window: one call of the stock transformer.
+
+    Args:
+        sigma: noise level of each token; shots, and the keyframe in a shot, have their own.
+        states: T5 states of the global caption and of one caption per shot.
+        words: False where a caption is padding.
+    """
+    return transformer(
+        hidden_states=tokens,
+        encoder_hidden_states=rearrange(states, "b n t e -> b (n t) e"),
+        timestep=sigma * 1000,
+        encoder_attention_mask=window.caption_bias(words).to(tokens.dtype),
+        video_coords=repeat(window.coordinates.to(tokens.device), "xyz s -> b xyz s", b=tokens.shape[0]),
+        return_dict=False,
+    )[0]
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLLTXVideo, clips: Float[Tensor, "b 3 frames h w"]) -> Float[Tensor, "b s c"]:
+    """Clips (or single frames) in [-1, 1] → tokens of the transformer, normalised per channel, in float32."""
+    latents = vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = _statistics(vae)
+    return (rearrange(latents, "b c f y x -> b (f y x) c") - mean) / std
+
+
+@torch.no_grad()
+def decode_clips(
+    vae: AutoencoderKLLTXVideo, tokens: Float[Tensor, "b s c"], grid: tuple[int, int]
+) -> Float[Tensor, "b 3 frames h w"]:
+    """Undo `encode_clips`; `grid` is latent rows and columns."""
+    mean, std = _statistics(vae)
+    latents = rearrange(tokens.to(vae.device) * std + mean, "b (f y x) c -> b c f y x", y=grid[0], x=grid[1])
+    time = latents.new_zeros(len(latents), dtype=vae.dtype) if vae.config["timestep_conditioning"] else None
+    return vae.decode(latents.to(vae.dtype), time).sample.float()
+
+
+def shot_frames(shot: Shot, settings: VideoSettings) -> int:
+    """Frames of a shot: its duration rounded to 8 j + 1; the preset's number if the story does not say.
+
+    Raises:
+        UserError: the shot lasts less than 5 frames, too short for LTX-Video's latents.
+    """
+    if "duration" not in shot.model_fields_set:
+        return settings.frames
+    wanted = shot.duration * settings.fps
+    if wanted < (TIME + 1) / 2:
+        raise UserError(
+            f"a shot of {shot.duration:g} s is {wanted:.1f} frames at {settings.fps} frames per second; "
+            f"give it a duration of at least {(TIME + 1) / settings.fps:g} s: {shot.caption[:60]!r}"
+        )
+    return TIME * max(1, round((wanted - 1) / TIME)) + 1
+
+
+def global_caption(story: Story, shots: Sequence[Shot]) -> str:
+    """What a window's shots share in words: the looks of the characters they name."""
+    tags = {tag for shot in shots for tag in shot.tags}
+    return " ".join(f"{c.tag}: {c.description}." for c in story.cast if c.tag in tags and c.description)
+
+
+class Animator:
+    """Turns keyframes into shots with the parts of an LTX pipeline.
+
+    Raises:
+        UserError: the settings' sizes do not fit LTX-Video's latents.
+    """
+
+    def __init__(
+        self,
+        transformer: LTXVideoTransformer3DModel,
+        vae: AutoencoderKLLTXVideo,
+        text_encoder: T5EncoderModel,
+        tokenizer: Any,
+        settings: VideoSettings,
+        tags: tuple[str, ...] = (),
+    ) -> None:
+        try:
+            Window((settings.frames,), settings.height, settings.width, settings.fps)
+        except ValueError as error:
+            raise UserError(f"video settings: {error}") from None
+        self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
+        self.settings, self.tags = settings, tags
+
+    @classmethod
+    def from_preset(cls, preset: Preset, device: str | torch.device = "cpu") -> "Animator":
+        """Load the parts from the diffusers folder (or hub name) `preset.video.weights`.
+
+        Raises:
+            UserError: nothing loadable is there.
+        """
+        name, dtype = preset.video.weights, getattr(torch, preset.dtype)
+        local = Path(name).is_absolute() or name.startswith(".") or Path(name).exists()
+        if local and not (Path(name) / "model_index.json").is_file():
+            raise UserError(f"{name}: no LTX pipeline is there (no model_index.json); set CINEMA_VIDEO_WEIGHTS")
+
+        def part(kind: Any, folder: str) -> Any:
+            model = kind.from_pretrained(name, subfolder=folder, torch_dtype=dtype, use_safetensors=True)
+            return model.to(device).eval().requires_grad_(False)
+
+        try:
+            transformer = part(LTXVideoTransformer3DModel, "transformer")
+            vae, t5 = part(AutoencoderKLLTXVideo, "vae"), part(T5EncoderModel, "text_encoder")
+            tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise UserError(f"{name}: the video weights cannot be loaded ({reason}); check the folder") from error
+        return cls(transformer, vae, t5, tokenizer, preset.video, preset.tags)
+
+    def animate(
+        self,
+        story: Story,
+        keyframes: Sequence[Image.Image],
+        seed: int = 0,
+        on_progress: Progress | None = None,
+        known: Collection[int] = (),
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
+        """Yield (shot, its frames) in the order of the story, window after window.
+
+        A shot depends on its window (captions and keyframes of at most `settings.window` shots, counted from the
+        start of the story) and on noise seeded by (seed, shot), so that a shot rendered again is the same.
+
+        Args:
+            keyframes: one a shot, of the film's aspect.
+            seed: another seed, other movement.
+            on_progress: called with (denoising steps done, of how many, message).
+            known: shots that exist; not yielded, and a window of only such is not rendered.
+
+        Raises:
+            UserError: keyframes are missing or of another aspect, a shot is too short, or the cast is too large.
+        """
+        if len(keyframes) != len(story.shots):
+            raise UserError(f"{story.title}: {len(keyframes)} keyframes for {len(story.shots)} shots; give one a shot")
+        lengths = [shot_frames(shot, self.settings) for shot in story.shots]
+        windows = [range(i, min(i + self.settings.window, len(lengths))) for i in range(0, len(lengths), self.settings.window)]
+        windows = [shots for shots in windows if any(i not in known for i in shots)]
+        total = len(windows) * self.settings.steps
+        for w, shots in enumerate(windows):
+            window = Window(tuple(lengths[i] for i in shots), self.settings.height, self.settings.width, self.settings.fps)
+            message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
+            tell = _teller(on_progress, w * self.settings.steps, total, message)
+            captions = self._captions(story, shots)
+            clips = self._draw(window, captions, [keyframes[i] for i in shots], [_generator(seed, i) for i in shots], tell)
+            for i, tokens in zip(shots, clips, strict=True):
+                if i not in known:
+                    yield i, self._frames(tokens, window.grid)
+
+    def _captions(self, story: Story, shots: Sequence[int]) -> list[str]:
+        """The global caption and the shots' own, with tags that the model knows."""
+        told = [story.shots[i] for i in shots]
+        shared = Shot.model_construct(caption=global_caption(story, told))
+        return rename(story.model_copy(update={"shots": [shared, *told]}), self.tags)
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        window: Window,
+        captions: list[str],
+        keyframes: list[Image.Image],
+        generators: list[torch.Generator],
+        on_step: Callable[[int], None] | None,
+    ) -> list[Float[Tensor, "_s c"]]:
+        """Tokens of the window's shots, drawn together."""
+        device, level = self.transformer.device, self.settings.keyframe_sigma
+        clean = torch.cat([self._encode(image) for image in keyframes], dim=1).to(device)  # 1 first c
+        noise = torch.cat([torch.randn(1, n, clean.shape[2], generator=g) for n, g in zip(window.sizes, generators, strict=True)], 1)
+        start, first = noise.to(device), window.first.to(device)
+        start[:, first] = torch.lerp(clean, start[:, first], level)
+        drawn = euler(self._velocity(window, captions), start, schedule(self.settings.steps, self.settings.shift), on_step)
+        drawn[:, first] = clean
+        return list(drawn[0].split(window.sizes))
+
+    def _velocity(self, window: Window, captions: list[str]) -> Callable[[Tensor, float], Tensor]:
+        """Velocity of a window's tokens; zero for keyframes. With guidance > 1 empty captions run beside the real."""
+        scale, first = self.settings.guidance, window.first.to(self.transformer.device)
+        told = [captions, [""] * len(captions)] if scale > 1 else [captions]
+        encoded = [self.encode_text(lines) for lines in told]
+        states, words = (torch.stack(parts) for parts in zip(*encoded, strict=True))
+
+        def velocity(x: Float[Tensor, "1 s c"], sigma: float) -> Float[Tensor, "1 s c"]:
+            tokens = repeat(x, "1 s c -> b s c", b=len(told)).to(self.transformer.dtype)
+            levels = torch.where(first, self.settings.keyframe_sigma, sigma)
+            levels = repeat(levels, "s -> b s", b=len(told))
+            out = window_velocity(self.transformer, tokens, levels, states, words, window).float()
+            out = out if len(told) == 1 else torch.lerp(out[1:], out[:1], scale)
+            return out.masked_fill(first[:, None], 0.0)
+
+        return velocity
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> tuple[Float[Tensor, "n t e"], Bool[Tensor, "n t"]]:
+        """T5 states of captions, and which of their tokens are words; T5 sees the padding, as in stock LTX-Video."""
+        length, device = self.settings.text_tokens, self.text_encoder.device
+        if longest := max(captions, key=len, default=""):
+            count = len(self.tokenizer(longest).input_ids)
+            if count > length:
+                text = f"a caption has {count} tokens and only {length} are read, shorten it: {longest[:60]!r} ..."
+                warnings.warn(text, stacklevel=2)
+        found = self.tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return self.text_encoder(found.input_ids.to(device))[0], found.attention_mask.bool().to(device)
+
+    def _encode(self, image: Image.Image) -> Float[Tensor, "1 first c"]:
+        width, height = self.settings.width, self.settings.height
+        if abs(image.width * height / (image.height * width) - 1) > 0.02:
+            raise UserError(
+                f"a keyframe of {image.width} x {image.height} pixels does not have the film's aspect, "
+                f"{width} x {height}; crop it first"
+            )
+        sized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+        return encode_clips(self.vae, rearrange(to_tensor(sized), "1 c h w -> 1 c 1 h w"))
+
+    def _frames(self, tokens: Float[Tensor, "_s c"], grid: tuple[int, int]) -> list[Image.Image]:
+        clip = decode_clips(self.vae, tokens[None], grid)
+        return [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
+
+
+def _generator(seed: int, shot: int) -> torch.Generator:
+    """Randomness of one shot: on the CPU, so that every device draws the same film."""
+    digest = hashlib.blake2b(f"shot {shot} of film {seed}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _teller(tell: Progress | None, before: int, total: int, message: str) -> Callable[[int], None] | None:
+    return None if tell is None else lambda done: tell(before + done, total, message)
+
+
+def _statistics(vae: AutoencoderKLLTXVideo) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+    scale = vae.config["scaling_factor"]
+    return vae.latents_mean.float().to(vae.device), vae.latents_std.float().to(vae.device) / scale
