@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import av
 import numpy as np
@@ -38,7 +37,7 @@ class FilmWriter:
         self.path, self.width, self.height, self.fps, self.crf = path, width, height, fps, crf
         self.frames = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "FilmWriter":
         self._open = ExitStack()
         part = self._open.enter_context(atomic(self.path))
         self._file = self._open.enter_context(av.open(str(part), "w", options={"movflags": "+faststart"}))
@@ -61,7 +60,9 @@ class FilmWriter:
         frame.pts, self.frames = self.frames, self.frames + 1
         self._file.mux(self._stream.encode(frame))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._open:
             if error is not None:
                 raise error  # through the stack, so that the unfinished file is removed
@@ -83,4 +84,6 @@ def read_frames(path: Path) -> list[Image.Image]:
             return [frame.to_image(interpolation=EXACT) for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
         reason = getattr(error, "strerror", None) or "it holds no moving picture"
-        raise UserError(f"{path}: not readable as a film ({reason}); it is cut off, damaged or something else") from None
+        raise UserError(
+            f"{path}: not readable as a film ({reason}); it is cut off, damaged or something else"
+        ) from None

@@ -1,7 +1,7 @@
 """Reading plain English: a storyline becomes beats, each saying who does what, where, and how it is seen.
 
-A small deterministic reader that knows only what the toy world can draw. It keeps account of the words it used
-and of those it could make nothing of.
+A small deterministic reader that knows only what the toy world can draw; its words are in `lexicon.yaml`. It keeps
+account of the words it used and of those it could make nothing of.
 """
 
 import re
@@ -9,76 +9,20 @@ import textwrap
 import unicodedata
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
 
 from cinema.config import TOY_NAMES
 from cinema.errors import UserError
 
 MAX_CAST = 100
-
-# kind: what it is = what people write for it / ... `+` stands for the endings of a verb, `~` for those of one in e.
-# Kinds are tried from top to bottom, so phrases come before words.
-_LEXICON = r"""
-denied: not = (?:not|never|cannot|\w+n['’]t)(?: \w+)?
-camera: pan left = (?:slow )?pan(?:s|ning)?(?: \w+ly)?(?: to the)? left|camera (?:\w+ ){1,4}left
-camera: pan right = (?:slow )?pan(?:s|ning)?(?: \w+ly)?(?: to the)? right|camera (?:\w+ ){1,4}right
-camera: push in = (?:push|zoom|doll)(?:e?s|ing|y|ies)?(?: \w+ly)? in|camera (?:\w+ ){1,2}(?:in|closer|nearer)
-camera: static = static|(?:still|fixed|locked) camera|camera (?:\w+ ){0,2}(?:still|rests|holds|stays|waits)
-size: wide = wide(?: shot| view| angle)?|(?:long|establishing) shot|panorama|far (?:away|off)|in the distance
-size: wide = from (?:afar|far away|a distance|above) / medium = (?:medium|mid)[ -]shot|medium|waist[ -]up
-size: close = (?:extreme )?close[ -]?ups?|close (?:shot|on)|up close|from (?:close|nearby)|portrait
-hat: bare = bare(?:[ -]?headed)?|hatless|(?:no|without an?y?) (?:hat|crown|bow|cap)
-hat: cone = (?:wizard|witch|party|pointed|pointy)(?:['’]s)? (?:hat|cap)|cones? / tophat = top[ -]?hats?|stovepipe
-hat: crown = crown(?:s|ed)?|tiara|diadem|coronet / bow = (?:hair )?ribbons?|bow(?: tie)?
-place: forest = forests?|woods?|woodlands?|jungle|grove|glade|trees
-place: desert = deserts?|dunes?|sahara|cact(?:us|i)|oasis|canyon
-place: city = cit(?:y|ies)|(?:town|market) square|towns?|streets?|village|skyline|rooftops?|downtown
-place: beach = beach(?:es)?|shores?|seaside|seashore|coast|sea|ocean|harbou?r
-place: snow = snow(?:y|fields?|fall|s|ing)?|wint(?:er|ry)|ic[ey](?! cream)|frozen|tundra|arctic|glacier|blizzard
-place: night = night(?:s|fall|time)?|midnight|moon(?:light|lit|rise)?|star(?:s|light|lit|ry)|after dark|darkness
-shape: round = round|circular|circle|chubby|plump / square = square|boxy|blocky / tall = tall|lanky|slender
-shape: triangle = triang(?:le|ular) / diamond = diamond(?:-shaped)?|kite-shaped / pear = pear(?:-shaped)?
-colour: red = red|scarlet|crimson|ruby / orange = orange|amber|tangerine / yellow = yellow|golden|gold|lemon
-colour: green = green|emerald|lime / teal = teal|turquoise|cyan / blue = blue|azure|navy|indigo / white = white|ivory
-colour: purple = purple|violet|lilac|lavender / pink = pink|rosy|magenta / brown = brown|chestnut|chocolate
-position: left = (?:on|to|at|from|in) (?:the |her |his |their )?(?:far )?left(?:[ -]hand)?(?: side)?(?: of)?
-position: right = (?:on|to|at|from|in) (?:the |her |his |their )?(?:far )?right(?:[ -]hand)?(?: side)?(?: of)?
-position: left = left(?=, \w+ing) / right = right(?=, \w+ing) / center = cent(?:re|er)(?=, \w+ing)
-position: center = (?:in|at) the (?:very )?(?:cent(?:re|er)|middle)(?: of)?|between them
-action: jumping = (?:jump|leap|skip)+|leapt|hop(?:s|ped|ping)?|bounc~
-action: swaying = (?:sway|twirl|spin|waltz)+|danc~|rock(?:ed|ing)|swing(?:s|ing)?
-action: walking = (?:walk|stroll|wander|march|enter|trudg|return|climb|travel|follow|cross|run|step)+|(?:hik|tiptoe)~
-action: walking = (?:chas|rac|com|arriv)~|go(?:es|ing)?|went|came|ran|heads|leaving|(?<!the )leaves|left(?= the| for)
-action: waving = (?<!the )(?<!of )wav~|(?:greet|beckon)+|salut~|bow(?:s|ed|ing)|(?:say(?:s|ing)?|said) (?:hello|\w*bye)
-action: standing = (?:stand|wait|rest|look|watch|listen|meet|sleep|stay|sit|stop)+|stood|met|sees?|saw|finds?|found
-action: standing = (?:gaz|smil|paus|star)~
-group: 2 = they|them|both|the two|the pair|the friends|each other|two (?:friends|strangers|creatures|children)
-group: 3 = (?:all |the )three(?: friends)?|everyone|everybody|three (?:friends|strangers|creatures|children)
-pronoun: she = she / he = he / it = it / him = him / her = her(?=[.,;!?]|$| and\b)
-creature: it = fox|bear|cat|dog|rabbit|hare|bird|owl|mouse|wolf|dragon|robot|frog|duck|penguin|giant|ghost
-creature: she = witch|girl|woman|lady|queen|princess|sister|mother|grandmother
-creature: he = wizard|boy|man|fellow|gentleman|king|prince|brother|father|grandfather|fisherman
-creature: - = knight|child|pirate|sailor|stranger|traveller|clown|dancer|baker
-break: - = then|afterwards?|later|next|finally|soon|at last
-link: - = and|but|while|when|as|so|until
-pause: - = [,:;&—–]|-(?= )
-called: - = called|named
-prep: - = at|to|with|beside|near|toward|towards|by|into|behind|past|for|reach(?:es)?
-det: - = the|an?|some|his|her|its|their|every|this|that|these|those|one|two|three|another|my|our
-filler: - = ['’]s|is|was|are|were|be|been|has|have|had|who|which|there|here|in|on|of|from|through|across|over|under
-filler: - = around|back|up|down|out|again|together|too|also|very|wear(?:s|ing)?|wore|dressed|now|once|upon|time|away
-filler: - = along|camera|shot|scene|cut|deep|falls
-"""
-_NOT_NAMES = re.compile(
-    "i|we|you|it|what|why|how|where|if|after|before|suddenly|meanwhile|nothing|something|nobody|somebody|rain|wind|sun"
-    "|thunder|morning|evening|dawn|dusk|noon|today|tomorrow|yesterday|spring|summer|autumn|(?:mon|tues|wednes|thurs|fri"
-    "|satur|sun)day|mrs?|ms|dr|captain|old|little|big|no|yes|oh|well|good|hello|goodbye|music|high"
-)
-_WHERE = re.compile("in|into|at|from|through|of|on|over|across|around|towards?|to|under")
-_VERB = re.compile(r"^\w{2,}(?:s|ed|ing)$")  # looks like a verb, when it is no word of ours
-_WHO = ("name", "pronoun", "creature", "group")
 LOOKS = ("colour", "shape", "hat")
 _OF_THE_WORLD = ("place", "size", "camera", "position", "action", *LOOKS)
 _WEATHER = ("snow", "night")  # these give way to a set that is a place: a moonlit forest is a forest
+_LEXICON = yaml.safe_load(Path(__file__).with_name("lexicon.yaml").read_text(encoding="utf-8"))
+_NOBODY, _WHERE = (re.compile(_LEXICON[key].replace("\n", "|")) for key in ("nobody", "where"))
+_VERB = re.compile(r"^\w{2,}(?:s|ed|ing)$")  # looks like a verb, when it is no word of ours
 
 
 @dataclass
@@ -102,42 +46,31 @@ class Beat:
     setting: dict[str, str] = field(default_factory=dict)  # place, size, camera
 
 
-def _lexicon() -> list[tuple[str, str, str]]:
-    """(kind, value, expression) of every entry, the verbs' endings written out."""
-    entries = []
-    for kind, line in (line.split(": ", 1) for line in _LEXICON.strip().splitlines()):
-        for value, words in (entry.split(" = ", 1) for entry in line.split(" / ")):
-            words = words.replace(")+", r")(?:e?s|\w?ed|\w?ing)?").replace("~", "(?:e[sd]?|ing)")
-            entries.append((kind, value, words))
-    return entries
-
-
-_ENTRIES = _lexicon()
-
-
 def _pattern(names: set[str]) -> re.Pattern[str]:
-    """One pattern for everything: the names first, then group e0, e1, ... for each entry, unknown words last."""
-    edges = [("", "") if kind == "pause" else (r"\b", r"(?!\w)") for kind, _, _ in _ENTRIES]
-    parts = [f"(?P<e{n}>{a}(?:{_ENTRIES[n][2]}){z})" for n, (a, z) in enumerate(edges)]
+    """One pattern for everything: names first, then a group `kind__value` for each entry, unknown words last."""
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)"
-    name = rf"(?-i:(?P<name><(?:{known.lower()})>|\b(?:{known})(?!\w)))"
-    return re.compile("|".join([name, *parts, r"(?P<word>[^\W_][\w-]*)"]), re.IGNORECASE)
+    parts = [rf"(?-i:(?P<name><(?:{known.lower()})>|\b(?:{known})(?!\w)))"]
+    edge = r"(?!\B\w)"  # not in the middle of a word
+    for kind, entries in _LEXICON["words"].items():
+        for value, words in entries.items():
+            words = words.replace(")+", r")(?:e?s|\w?ed|\w?ing)?").replace("~", "(?:e[sd]?|ing)").replace("\n", "|")
+            parts.append(f"(?P<{kind}__{value.replace(' ', '_')}>{edge}(?:{words}){edge})")
+    return re.compile("|".join([*parts, r"(?P<word>[^\W_][\w-]*)"]), re.IGNORECASE)
 
 
-def _entry(match: re.Match[str]) -> tuple[str, str]:
-    """Kind and value of a match."""
-    group = match.lastgroup or "word"
-    return (group, match[0]) if group in ("name", "word") else _ENTRIES[int(group[1:])][:2]
+def _kind_and_value(match: re.Match[str] | None) -> tuple[str, str]:
+    kind, _, value = ((match and match.lastgroup) or "").partition("__")
+    return kind, value.replace("_", " ")
 
 
 def _tokens(text: str, pattern: re.Pattern[str]) -> list[_Token]:
     found: list[_Token] = []
     for match in pattern.finditer(text):
-        kind, value = _entry(match)
+        kind, value = _kind_and_value(match)
         if kind == "name" and found and found[-1].kind == kind and match.start() - found[-1].end == 1:
             found[-1].end = match.end()  # a surname
-            continue
-        found.append(_Token(kind, value, match[0], *match.span(), used=kind not in ("word", "denied")))
+        else:
+            found.append(_Token(kind, value, match[0], *match.span(), used=kind not in ("word", "denied")))
     return found
 
 
@@ -161,20 +94,14 @@ def _names(sentences: list[str]) -> set[str]:
     for sentence in sentences:
         words = re.findall(r"[^\W\d_](?:[\w-]|['’](?=[A-Z]))*", sentence)
         for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
-            if not word[0].isupper() or _NOT_NAMES.fullmatch(word.lower()):
+            if not word[0].isupper() or _NOBODY.fullmatch(word.lower()):
                 continue
-            if word.lower() in TOY_NAMES:
+            (kind, _), (next_kind, _) = (_kind_and_value(plain.fullmatch(w)) for w in (word, after))
+            acts = next_kind == "action" or (_VERB.search(after) and not word.endswith("s"))
+            met = before and not _WHERE.fullmatch(before.lower())
+            if word.lower() in TOY_NAMES or (kind in ("word", "") and (acts or met)):
                 names.add(word)
-            elif _kind(plain, word) in ("word", ""):
-                acts = _kind(plain, after) == "action" or (_VERB.search(after) and not word.endswith("s"))
-                if acts or (before and not _WHERE.fullmatch(before.lower())):
-                    names.add(word)
     return names
-
-
-def _kind(pattern: re.Pattern[str], word: str) -> str:
-    match = pattern.fullmatch(word)
-    return _entry(match)[0] if match else ""
 
 
 class StorylineReader:
@@ -191,12 +118,12 @@ class StorylineReader:
     """
 
     def __init__(self, text: str) -> None:
-        self.heading, self.sentences = _sentences(text)
-        self.names = _names(self.sentences)
+        self.heading, sentences = _sentences(text)
+        self.names = _names(sentences)
         if len(self.names) > MAX_CAST:
             raise UserError(f"the storyline names {len(self.names)} characters; a story has {MAX_CAST} at most")
         self.pattern = _pattern(self.names)
-        self.cast: dict[str, dict[str, str]] = {}  # tag -> what the text says of the look
+        self.cast: dict[str, dict[str, str]] = {}
         self.recent: list[str] = []  # tags, last mentioned last
         self.doers: list[str] = []  # who acted last
         self.said: dict[str, str] = {}  # tag -> she, he or it
@@ -204,7 +131,7 @@ class StorylineReader:
         self.beats: list[Beat] = []
         self.understood: list[str] = []
         self.left_out: list[str] = []
-        for number, sentence in enumerate(self.sentences, 1):
+        for number, sentence in enumerate(sentences, 1):
             self._read(number, sentence)
         if not self.beats:
             raise UserError("the storyline names no set, character or action that I know; say who does what and where")
@@ -218,7 +145,13 @@ class StorylineReader:
         for i, token in enumerate(self.tokens):
             if handle := getattr(self, f"_on_{token.kind}", None):
                 handle(i, token)
-        self._end()
+        if action := self.ahead.pop("action", None):
+            self._act(action)
+        if "position" in self.ahead and self.beat.actors:
+            self.beat.positions.setdefault(list(self.beat.actors)[-1], self.ahead["position"].value)
+        self.doers = self.waiting or self.doers
+        if self.beat.actors or self.beat.setting:
+            self.beats.append(self.beat)
         told = [t for t in self.tokens if t.used and (t.tags or t.kind in _OF_THE_WORLD)]
         if told:
             listed = "; ".join(f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told)
@@ -238,18 +171,6 @@ class StorylineReader:
             together = not t.used or (together and t.kind in ("det", "prep", "filler", "link"))
         return [text[start:end] for start, end in spans]
 
-    def _end(self) -> None:
-        """The end of a sentence: what was kept for a later name finds its owner or is left out."""
-        if action := self.ahead.pop("action", None):
-            self._act(action)
-        if (position := self.ahead.pop("position", None)) and self.beat.actors:
-            self.beat.positions.setdefault(list(self.beat.actors)[-1], position.value)
-        for token in self.ahead.values():
-            token.used = False
-        self.doers = self.waiting or self.doers
-        if self.beat.actors or self.beat.setting:
-            self.beats.append(self.beat)
-
     def _cut(self, keep: dict[str, str | None]) -> None:
         """Begin another shot within the sentence, with these actors; who only just came leaves the old one."""
         for tag in keep:
@@ -258,82 +179,79 @@ class StorylineReader:
         self.beats.append(self.beat)
         self.beat = Beat(dict(keep))
 
+    def _clause(self, i: int) -> list[_Token]:
+        """The tokens of this clause before token i."""
+        start = max((j + 1 for j in range(i) if self.tokens[j].kind in ("link", "pause", "break")), default=0)
+        return self.tokens[start:i]
+
+    def _before(self, i: int, *skip: str) -> _Token | None:
+        return next((t for t in reversed(self.tokens[:i]) if t.kind not in skip), None)
+
     # --- who ---
 
     def _on_name(self, i: int, token: _Token) -> None:
         self._mention(i, self._tag(token.text))
 
     def _on_pronoun(self, i: int, token: _Token) -> None:
-        acts = self.tokens[i + 1 : i + 2] and self.tokens[i + 1].kind == "action"
-        if token.value == "it" and not acts and "it" not in self.said.values():
+        sex, word = token.value, token.text.lower()
+        acts = [t.kind for t in self.tokens[i + 1 : i + 2]] == ["action"]
+        if word == "it" and not acts and "it" not in self.said.values():
             return  # `it is cold` is about nobody
-        sex = {"him": "he", "her": "she"}.get(token.value, token.value)
-        busy = self.doers + self.waiting if sex != token.value or (sex == "it" and not acts) else []
+        busy = self.doers + self.waiting if word in ("him", "her") or (word == "it" and not acts) else []
         others = [t for t in reversed(self.recent) if t not in busy]
-        fitting = [t for t in others if self.said.get(t, sex) == sex] or others or self.recent[-1:]
-        tag = fitting[0] if fitting else self._invent()
-        self.said.setdefault(tag, sex)
-        self._mention(i, tag)
+        fitting = [t for t in others if self.said.get(t, sex) == sex] or others or self.recent[-1:] or [self._invent()]
+        self.said.setdefault(fitting[0], sex)
+        self._mention(i, fitting[0])
 
     def _on_group(self, i: int, token: _Token) -> None:
-        count = int(token.value)
-        while not self.names and len(self.cast) < count and (not self.cast or token.text[:2].lower() in ("tw", "th")):
+        count, word = int(token.value), token.text.lower()
+        while not self.names and len(self.cast) < count and (not self.cast or word.startswith("t")):  # `two`, `they`
             self._invent()
-        others = [t for t in self.recent if token.text.lower() != "them" or t not in self.doers + self.waiting]
+        others = [t for t in self.recent if word != "them" or t not in self.doers + self.waiting]
         self._mention(i, *sorted(others[-count:], key=list(self.cast).index))
 
     def _on_creature(self, i: int, token: _Token) -> None:
         """`the fox` is whoever was called so, or the name beside it, or a character of its own."""
-        before = self._before(i, ("det", "word", *LOOKS))
-        apart = before and before.kind in ("pause", "filler") and self._before(self.tokens.index(before), ())
-        owner = next((t for t in (before, apart) if t and t.kind == "name"), None)
-        noun, after = token.text.lower(), next((t for t in self.tokens[i + 1 :] if t.kind != "called"), None)
-        if owner:
-            self.nouns[noun], token.tags = owner.tags[0], owner.tags
-            self._describe(owner.tags[0])
-        elif after and (after.kind == "name" or (after.kind == "pause" and self._is_aside(i + 2))):
-            self.nouns[noun] = self._tag(after.text if after.kind == "name" else self.tokens[i + 2].text)
+        noun, before = token.text.lower(), self._before(i, "det", "word", "pause", "filler", *LOOKS)
+        after = [t for t in self.tokens[i + 1 :] if t.kind != "called"][:3]
+        kinds = [t.kind for t in after]
+        if before and before.kind == "name":
+            self.nouns[noun], token.tags = before.tags[0], before.tags
+            self._describe(before.tags[0])
+        elif kinds[:1] == ["name"] or kinds in (["pause", "name"], ["pause", "name", "pause"]):
+            self.nouns[noun] = self._tag(after[kinds.index("name")].text)
         else:
             self._mention(i, self.nouns.setdefault(noun, self._tag(noun)))
-        if token.value != "-":
+        if token.value != "any":
             self.said.setdefault(self.nouns[noun], token.value)
-
-    def _is_aside(self, i: int) -> bool:
-        """A name between two pauses: `the sailor, Otto, ...`."""
-        ends = i + 1 >= len(self.tokens) or self.tokens[i + 1].kind == "pause"
-        return ends and self.tokens[i : i + 1] != [] and self.tokens[i].kind == "name"
 
     def _mention(self, i: int, *tags: str) -> None:
         """Somebody is named: as one who will act, or as one acted upon."""
+        clause, before = self._clause(i), self._before(i, "det", *LOOKS)
+        joins = before and before.text.lower() in ("with", "beside") and self.doers and self.beat.actors
+        acted_on = before and (
+            (before.kind == "prep" and clause[:1] != [before])  # `with Bo, Ada ...` begins a clause
+            or (before.kind == "action" and "action" not in self.ahead)  # `there stands Ada`
+            or (before.kind == "word" and any(t.tags for t in clause))
+        )
         self.tokens[i].tags = tags
-        before = self._before(i, ("det", *LOOKS))
-        joins = before is not None and before.text.lower() in ("with", "beside") and self.doers and self.beat.actors
         for tag in tags:
-            self.cast.setdefault(tag, {})
             self.recent = [*(t for t in self.recent if t != tag), tag]
             self._describe(tag)
             self.beat.actors.setdefault(tag, self.beat.actors.get(self.doers[-1]) if joins else None)
-        if before and self._acted_on(i, before):
+        if acted_on:
             self.beat.objects |= set(tags) - set(self.doers) - set(self.waiting)
         else:
             self.waiting += [t for t in tags if t not in self.waiting]
-        if "position" in self.ahead:
+        if tags and "position" in self.ahead:
             self.beat.positions[tags[0]] = self.ahead.pop("position").value
         if "action" in self.ahead and self.waiting:
             self._act(self.ahead.pop("action"))
 
-    def _acted_on(self, i: int, before: _Token) -> bool:
-        clause = self._clause(i)
-        if before.kind == "prep":
-            return clause[:1] != [before]  # `with Bo, Ada ...` begins a clause
-        if before.kind == "action":
-            return "action" not in self.ahead  # `there stands Ada`
-        return before.kind == "word" and any(t.tags for t in clause)
-
     def _tag(self, name: str) -> str:
-        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower().strip("<>")
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
         plain = re.sub(r"[^a-z0-9_-]", "", plain).lstrip("0123456789_-")
-        return f"<{plain}>" if plain else f"<{TOY_NAMES[zlib.crc32(name.encode()) % len(TOY_NAMES)]}>"
+        return f"<{plain or TOY_NAMES[zlib.crc32(name.encode()) % len(TOY_NAMES)]}>"
 
     def _invent(self) -> str:
         tag = next(t for t in (f"<{n}>" for n in TOY_NAMES) if t not in self.cast)
@@ -347,19 +265,19 @@ class StorylineReader:
     def _on_action(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
         nouns = [t for t in clause if t.kind == "word" and not t.text.endswith("ly")]
-        if any(t.tags for t in clause):
-            self._act(token)
-        elif nouns and clause[0].kind == "det":  # somebody unknown acts: a leaf, the wind
-            if self.names or token.value == "standing":
-                token.used = False
+        if not any(t.tags for t in clause):
+            if nouns and clause[0].kind == "det":  # somebody unknown acts: a leaf, the wind
+                if self.names or token.value == "standing":
+                    token.used = False
+                    return
+                nouns[-1].used = True
+                self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
+            elif not any(t.tags for t in self.tokens[:i]) and any(
+                t.kind in ("name", "pronoun", "creature", "group") for t in self.tokens[i:]
+            ):
+                self.ahead["action"] = token
                 return
-            nouns[-1].used = True
-            self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
-            self._act(token)
-        elif not any(t.tags for t in self.tokens[:i]) and any(t.kind in _WHO for t in self.tokens[i:]):
-            self.ahead["action"] = token
-        else:
-            self._act(token)
+        self._act(token)
 
     def _act(self, token: _Token) -> None:
         """Whoever waits to act does; a second action of the same character begins another shot."""
@@ -378,17 +296,16 @@ class StorylineReader:
 
     def _on_position(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
-        named = [t.tags[0] for t in clause if t.tags]
         acting = self.doers if any(t.kind == "action" for t in clause) and "action" not in self.ahead else []
-        if named or acting:
-            self.beat.positions[(named or acting)[-1]] = token.value
+        if owners := [t.tags[0] for t in clause if t.tags] or acting:
+            self.beat.positions[owners[-1]] = token.value
         else:  # `on the left, Ada ...`
             self.ahead["position"] = token
 
     # --- where, and how it is seen ---
 
     def _on_place(self, i: int, token: _Token) -> None:
-        old, before = self.beat.setting.get("place"), self._before(i, ("det", "word"))
+        old, before = self.beat.setting.get("place"), self._before(i, "det", "word")
         link = before.text.lower() if before else ""
         goes = link in ("to", "into", "toward", "towards", "reaches")
         if old and not goes and (token.value in _WEATHER or link in ("by", "of", "near", "beside")):
@@ -412,54 +329,31 @@ class StorylineReader:
     # --- how they look ---
 
     def _on_look(self, i: int, token: _Token) -> None:
-        following = self.tokens[i + 1] if i + 1 < len(self.tokens) else None
-        if (
-            following
-            and token.kind != "hat"
-            and (following.kind in ("hat", "place") or following.text in ("hat", "cap"))
-        ):
-            token.used = False  # the hat's own colour, the blue sea
-        elif self._leads_to_name(i):
+        """A look is of the name that follows, or else of the name before, unless its owner does something between."""
+
+        def passes(t: _Token, *kinds: str) -> bool:
+            return t.kind in ("called", *LOOKS, *kinds) or (t.kind == "word" and not _VERB.search(t.text))
+
+        token.used, is_hat = False, token.kind == "hat"
+        following, preceding = self.tokens[i + 1 :], reversed(self.tokens[:i])
+        if not is_hat and any(t.kind in ("hat", "place") or t.text in ("hat", "cap") for t in following[:1]):
+            return  # the hat's own colour, the blue sea
+        after = next((t for t in following if not (passes(t) or t.text == "and")), None)
+        small = ("det", "filler", "link", "pause")
+        before = next((t for t in preceding if t.tags or not (is_hat or passes(t, *small) or t.text == "with")), None)
+        if after and after.kind in ("name", "creature"):
             self.ahead[token.kind] = token
-        elif owner := self._described(i):
-            self._give(owner, token)
-        else:
-            token.used = False
+        elif before and len(before.tags) == 1:
+            self._give(before.tags[0], token)
 
     _on_colour = _on_shape = _on_hat = _on_look
 
-    def _leads_to_name(self, i: int) -> bool:
-        for t in self.tokens[i + 1 :]:
-            if t.kind in ("name", "creature"):
-                return True
-            if not (t.kind in ("called", *LOOKS) or t.text == "and" or (t.kind == "word" and not _VERB.search(t.text))):
-                return False
-        return False
-
-    def _described(self, i: int) -> str | None:
-        """Whom a word of the look behind a name describes: nobody, if the name's owner does something in between."""
-        for t in reversed(self.tokens[:i]):
-            if t.tags:
-                return t.tags[0] if len(t.tags) == 1 else None
-            passes = t.kind in ("det", "filler", "link", "pause", "called", *LOOKS) or t.text == "with"
-            if not (passes or (t.kind == "word" and not _VERB.search(t.text)) or self.tokens[i].kind == "hat"):
-                return None
-        return None
-
     def _describe(self, tag: str) -> None:
+        self.cast.setdefault(tag, {})
         for kind in LOOKS:
             if kind in self.ahead:
                 self._give(tag, self.ahead.pop(kind))
 
     def _give(self, tag: str, token: _Token) -> None:
         """A look is kept through the story: the first word stands."""
-        token.used = self.cast.setdefault(tag, {}).setdefault(token.kind, token.value) == token.value
-
-    # --- looking around ---
-
-    def _clause(self, i: int) -> list[_Token]:
-        start = max((j + 1 for j in range(i) if self.tokens[j].kind in ("link", "pause", "break")), default=0)
-        return self.tokens[start:i]
-
-    def _before(self, i: int, skip: tuple[str, ...]) -> _Token | None:
-        return next((t for t in reversed(self.tokens[:i]) if t.kind not in skip), None)
+        token.used = self.cast[tag].setdefault(token.kind, token.value) == token.value

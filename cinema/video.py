@@ -31,7 +31,7 @@ from cinema.keyframes import rename, to_image, to_tensor
 from cinema.story import Shot, Story
 
 Progress = Callable[[int, int, str], None]
-TIME, SPACE = 8, 32  # frames and pixels of a latent, LTX-Video's
+TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Window:
     """Shots that are synthesised together, as one sequence of tokens.
 
     Attributes:
-        frames: of every shot, 8 j + 1 each.
-        height, width: pixels, multiples of 32.
+        frames: of every shot; a multiple of a latent's, and one.
+        height, width: pixels, multiples of a latent's.
         fps: frames per second; rope counts time in seconds.
+        stride: frames and pixels of a latent; LTX-Video's, if not told.
 
     Raises:
         ValueError: no shot, or numbers that LTX-Video's latents cannot have.
@@ -51,22 +52,24 @@ class Window:
     height: int
     width: int
     fps: int
+    stride: tuple[int, int] = (TIME, 32)
 
     def __post_init__(self) -> None:
-        if not self.frames or any(n < 1 or n % TIME != 1 for n in self.frames):
-            raise ValueError(f"shots of {self.frames} frames; a window needs at least one, of {TIME} j + 1 frames each")
-        if self.height % SPACE or self.width % SPACE:
-            raise ValueError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {SPACE}")
+        time, space = self.stride
+        if not self.frames or any(n < 1 or (n - 1) % time for n in self.frames):
+            raise ValueError(f"shots of {self.frames} frames; a window needs at least one, of {time} j + 1 frames each")
+        if self.height % space or self.width % space:
+            raise ValueError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {space}")
 
     @property
     def grid(self) -> tuple[int, int]:
         """Latent rows and columns."""
-        return self.height // SPACE, self.width // SPACE
+        return self.height // self.stride[1], self.width // self.stride[1]
 
     @property
     def latent_frames(self) -> tuple[int, ...]:
         """Latent frames of every shot."""
-        return tuple((n - 1) // TIME + 1 for n in self.frames)
+        return tuple((n - 1) // self.stride[0] + 1 for n in self.frames)
 
     @property
     def sizes(self) -> list[int]:
@@ -87,10 +90,10 @@ class Window:
     @cached_property
     def coordinates(self) -> Float[Tensor, "3 s"]:
         """(seconds, y, x) of each token: stock LTX-Video's in each shot, and each shot starts where the last ended."""
-        parts, start = [], 0
+        parts, start, (every, space) = [], 0, self.stride
         for count, latents in zip(self.frames, self.latent_frames, strict=True):
-            time = (start + (torch.arange(latents) * TIME + 1 - TIME).clamp(min=0)) / self.fps
-            y, x = (torch.arange(n, dtype=torch.float32) * SPACE for n in self.grid)
+            time = (start + (torch.arange(latents) * every + 1 - every).clamp(min=0)) / self.fps
+            y, x = (torch.arange(n, dtype=torch.float32) * space for n in self.grid)
             parts.append(torch.stack(torch.meshgrid(time, y, x, indexing="ij")).flatten(1))
             start += count
         return torch.cat(parts, dim=1)
@@ -150,6 +153,11 @@ def decode_clips(
     return vae.decode(latents.to(vae.dtype), time).sample.float()
 
 
+def strides(vae: AutoencoderKLLTXVideo) -> tuple[int, int]:
+    """Frames and pixels that an autoencoder makes one latent of."""
+    return vae.temporal_compression_ratio, vae.spatial_compression_ratio
+
+
 def shot_frames(shot: Shot, settings: VideoSettings) -> int:
     """Frames of a shot: its duration rounded to 8 j + 1; the preset's number if the story does not say.
 
@@ -189,8 +197,9 @@ class Animator:
         settings: VideoSettings,
         tags: tuple[str, ...] = (),
     ) -> None:
+        self.stride = strides(vae)
         try:
-            Window((settings.frames,), settings.height, settings.width, settings.fps)
+            Window((settings.frames,), settings.height, settings.width, settings.fps, self.stride)
         except ValueError as error:
             raise UserError(f"video settings: {error}") from None
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
@@ -246,18 +255,27 @@ class Animator:
         if len(keyframes) != len(story.shots):
             raise UserError(f"{story.title}: {len(keyframes)} keyframes for {len(story.shots)} shots; give one a shot")
         lengths = [shot_frames(shot, self.settings) for shot in story.shots]
-        windows = [range(i, min(i + self.settings.window, len(lengths))) for i in range(0, len(lengths), self.settings.window)]
+        windows = [
+            range(i, min(i + self.settings.window, len(lengths))) for i in range(0, len(lengths), self.settings.window)
+        ]
         windows = [shots for shots in windows if any(i not in known for i in shots)]
         total = len(windows) * self.settings.steps
         for w, shots in enumerate(windows):
-            window = Window(tuple(lengths[i] for i in shots), self.settings.height, self.settings.width, self.settings.fps)
+            window = self.window([lengths[i] for i in shots])
             message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
             tell = _teller(on_progress, w * self.settings.steps, total, message)
             captions = self._captions(story, shots)
-            clips = self._draw(window, captions, [keyframes[i] for i in shots], [_generator(seed, i) for i in shots], tell)
+            clips = self._draw(
+                window, captions, [keyframes[i] for i in shots], [_generator(seed, i) for i in shots], tell
+            )
             for i, tokens in zip(shots, clips, strict=True):
                 if i not in known:
                     yield i, self._frames(tokens, window.grid)
+
+    def window(self, frames: Sequence[int]) -> Window:
+        """A window of shots of so many frames, at the settings' size."""
+        settings = self.settings
+        return Window(tuple(frames), settings.height, settings.width, settings.fps, self.stride)
 
     def _captions(self, story: Story, shots: Sequence[int]) -> list[str]:
         """The global caption and the shots' own, with tags that the model knows."""
@@ -277,10 +295,14 @@ class Animator:
         """Tokens of the window's shots, drawn together."""
         device, level = self.transformer.device, self.settings.keyframe_sigma
         clean = torch.cat([self._encode(image) for image in keyframes], dim=1).to(device)  # 1 first c
-        noise = torch.cat([torch.randn(1, n, clean.shape[2], generator=g) for n, g in zip(window.sizes, generators, strict=True)], 1)
+        noise = torch.cat(
+            [torch.randn(1, n, clean.shape[2], generator=g) for n, g in zip(window.sizes, generators, strict=True)], 1
+        )
         start, first = noise.to(device), window.first.to(device)
         start[:, first] = torch.lerp(clean, start[:, first], level)
-        drawn = euler(self._velocity(window, captions), start, schedule(self.settings.steps, self.settings.shift), on_step)
+        drawn = euler(
+            self._velocity(window, captions), start, schedule(self.settings.steps, self.settings.shift), on_step
+        )
         drawn[:, first] = clean
         return list(drawn[0].split(window.sizes))
 

@@ -5,28 +5,20 @@ grammar, and what the text leaves open is chosen, always the same way, and said.
 """
 
 import json
-import os
+import random
 import re
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from cinema.chat import AnswerError, Endpoint, ask, endpoint_from_environment
 from cinema.errors import UserError
-from cinema.story import MAX_SHOTS, Character, Place, Shot, Story, parse_story
+from cinema.story import MAX_SHOTS, Story, parse_story
 from cinema.storyline import LOOKS, Beat, StorylineReader
 from cinema.toyworld import world
 from cinema.toyworld.world import Actor, Look, Setup
 
 MAX_CHARACTERS = 200_000  # of a storyline; a novel of 5,000 shots is about as long
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible chat endpoint: its base address, key and model name."""
-
-    base_url: str
-    api_key: str
-    model: str
+_MOST_ACTORS = {"wide": 3, "medium": 2, "close": 1}
 
 
 @dataclass(frozen=True)
@@ -36,19 +28,6 @@ class WrittenStory:
     story: Story
     understood: list[str]
     left_out: list[str]
-
-
-def endpoint_from_environment() -> Endpoint | None:
-    """The endpoint of CINEMA_LLM_BASE_URL, CINEMA_LLM_MODEL and CINEMA_LLM_API_KEY; None where no address is set.
-
-    Raises:
-        UserError: an address is set but no model.
-    """
-    if not (base_url := os.environ.get("CINEMA_LLM_BASE_URL")):
-        return None
-    if not (model := os.environ.get("CINEMA_LLM_MODEL")):
-        raise UserError("CINEMA_LLM_BASE_URL is set but CINEMA_LLM_MODEL is not; set it to the model's name")
-    return Endpoint(base_url, os.environ.get("CINEMA_LLM_API_KEY") or "none", model)
 
 
 def write_story(storyline: str, title: str | None = None, endpoint: Endpoint | None = None) -> WrittenStory:
@@ -84,17 +63,12 @@ def caption_faults(story: Story) -> list[str]:
             faults.append(f"shots.{i}: a look belongs to the caption of a character's first appearance, and only there")
         if shot.set not in (None, setup.place):
             faults.append(f"shots.{i}: the set is {shot.set!r} but the caption says {setup.place!r}")
-        if not _fits(setup):
+        spots = {actor.position for actor in setup.actors}
+        crowded = not 1 <= len(spots) == len(setup.actors) <= _MOST_ACTORS[setup.size]
+        if crowded or (setup.size == "medium" and len(spots) == 2 and "center" in spots):
             faults.append(f"shots.{i}: {len(setup.actors)} actors do not fit a {setup.size} shot in these positions")
         seen |= tags
     return faults
-
-
-def _fits(setup: Setup) -> bool:
-    spots = {actor.position for actor in setup.actors}
-    most = {"wide": 3, "medium": 2, "close": 1}[setup.size]
-    apart = setup.size != "medium" or len(spots) < 2 or spots == {"left", "right"}
-    return 1 <= len(setup.actors) <= most and len(spots) == len(setup.actors) and apart
 
 
 # --- the staging ---
@@ -120,8 +94,7 @@ class _Stage:
                 self.carried |= beat.setting
             return
         setting, self.carried = self.carried | beat.setting, {}
-        last = [a.tag for a in self.setups[-1].actors] if self.setups else self.cast[:1]
-        actors = list(beat.actors) or last
+        actors = list(beat.actors) or ([a.tag for a in self.setups[-1].actors] if self.setups else self.cast[:1])
         groups = [actors[n : n + 3] for n in range(0, len(actors), 3)]
         if setting.get("size") == "close":
             groups = [[a] for a in actors if a not in beat.objects] or [actors[:1]]
@@ -129,32 +102,26 @@ class _Stage:
             self._shoot(group, beat, setting)
 
     def _shoot(self, group: list[str], beat: Beat, setting: dict[str, str]) -> None:
-        old, self.place = self.place, setting.get("place", self.place)
+        place = setting.get("place", self.place)
         actions = [beat.actors.get(tag) or "standing" for tag in group]
-        size = self._size(
-            group, actions, beat.positions, setting.get("size"), fresh=not self.setups or old != self.place
-        )
+        fits = [size for size, most in _MOST_ACTORS.items() if len(group) <= most]
+        if len(group) == 2 and "center" in [beat.positions.get(tag) for tag in group]:
+            fits = ["wide"]
+        if setting.get("size") in fits:
+            size = setting["size"]
+        elif not self.setups or place != self.place or fits == ["wide"]:
+            size = "wide"
+        else:  # close now and then
+            still = not {"walking", "jumping"} & set(actions)
+            size = "close" if "close" in fits and still and self.setups[-1].size != "close" else "medium"
         usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
         camera = setting.get("camera", usual)
         spots = _spots(group, beat.positions, size)
-        actors = tuple(Actor(*parts) for parts in zip(group, spots, actions, strict=True))
-        self.setups.append(Setup(self.place, size, camera, actors))
-        self.camera_given = "camera" in setting
+        self.setups.append(Setup(place, size, camera, tuple(map(Actor, group, spots, actions))))
+        self.place, self.camera_given = place, "camera" in setting
         picked = [size] * (setting.get("size") != size) + [camera] * ("camera" not in setting)
         if picked:
             self.chosen.append(f"shot {len(self.setups)}: {', '.join(picked)}")
-
-    def _size(self, group: list[str], actions: list[str], spots: dict[str, str], told: str | None, fresh: bool) -> str:
-        """The told size where so many fit; else wide for a new set, and close now and then."""
-        fits = {1: ("wide", "medium", "close"), 2: ("wide", "medium"), 3: ("wide",)}[len(group)]
-        if len(group) == 2 and "center" in [spots.get(tag) for tag in group]:
-            fits = ("wide",)
-        if told in fits:
-            return told
-        if fresh or len(fits) == 1:
-            return "wide"
-        still = not {"walking", "jumping"} & set(actions)
-        return "close" if "close" in fits and still and self.setups[-1].size != "close" else "medium"
 
 
 def _spots(group: list[str], told: dict[str, str], size: str) -> list[str]:
@@ -168,21 +135,16 @@ def _spots(group: list[str], told: dict[str, str], size: str) -> list[str]:
     return [spots[tag] for tag in group]
 
 
-def _complete(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]:
-    """Looks for all: what the text says, the rest by the name's hash, and no colour twice while there are enough."""
-    looks, notes = {}, []
-    taken = {given["colour"] for given in cast.values() if "colour" in given}
-    for tag, given in cast.items():
-        seed = zlib.crc32(tag.encode())
-        colours = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS)
-        colour = given.get("colour") or colours[seed % len(colours)]
-        shape = given.get("shape") or world.SHAPES[seed // 11 % len(world.SHAPES)]
-        look = Look(colour, shape, given.get("hat") or world.HATS[seed // 101 % len(world.HATS)])
-        taken.add(colour)
-        looks[tag] = look
-        own = [getattr(look, kind) for kind in LOOKS if kind not in given]
-        notes.append(f"{tag} is {look}" + (f" ({', '.join(own)} chosen, as the text does not say)" if own else ""))
-    return looks, notes
+def _look(tag: str, given: dict[str, str], taken: set[str]) -> Look:
+    """What the text says of a look, the rest by the name's hash; no colour twice while there are enough."""
+    seed = zlib.crc32(tag.encode())
+    colours = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS)
+    chosen = {
+        "colour": colours[seed % len(colours)],
+        "shape": world.SHAPES[seed // 11 % len(world.SHAPES)],
+        "hat": world.HATS[seed // 101 % len(world.HATS)],
+    }
+    return Look(**chosen | given)
 
 
 def _read(storyline: str, title: str | None) -> WrittenStory:
@@ -195,73 +157,48 @@ def _read(storyline: str, title: str | None) -> WrittenStory:
         stage.play(Beat(setting=stage.carried | {"place": stage.place}))
     if len(stage.setups) > MAX_SHOTS:
         raise UserError(f"the storyline makes {len(stage.setups)} shots; a story holds at most {MAX_SHOTS}, split it")
-    looks, notes = _complete(reader.cast)
+    looks, notes = dict[str, Look](), list(reader.understood)
+    taken = {given["colour"] for given in reader.cast.values() if "colour" in given}
+    for tag, given in reader.cast.items():
+        looks[tag] = _look(tag, given, taken)
+        taken.add(looks[tag].colour)
+        own = [getattr(looks[tag], kind) for kind in LOOKS if kind not in given]
+        chosen = f" ({', '.join(own)} chosen, as the text does not say)" if own else ""
+        notes.append(f"{tag} is {looks[tag]}{chosen}")
     notes += [] if places else ["no set is named, so it is a forest"]
-    chosen = [f"chosen, as the text does not say: {'; '.join(stage.chosen)}"] if stage.chosen else []
-    story = _story(stage.setups, looks, title or reader.heading)
-    return WrittenStory(story, [*reader.understood, *notes, *chosen], reader.left_out)
-
-
-def _story(setups: list[Setup], looks: dict[str, Look], title: str | None) -> Story:
-    seen: dict[str, Look] = {}
-    shots = []
-    for setup in setups:
-        new = {a.tag: looks[a.tag] for a in setup.actors if a.tag not in seen}
-        seen |= new
-        shots.append(Shot(caption=world.caption(setup, new), set=setup.place))
-    people = " and ".join(tag[1:-1].capitalize() for tag in list(seen)[:2])
-    return Story(
-        title=(title or f"{people}: {setups[0].place}")[:200],
-        cast=[Character(tag=tag, description=str(look)) for tag, look in seen.items()],
-        sets=[Place(name=name) for name in dict.fromkeys(s.place for s in setups)],
-        shots=shots,
-    )
+    notes += [f"chosen, as the text does not say: {'; '.join(stage.chosen)}"] if stage.chosen else []
+    cast = {actor.tag: looks[actor.tag] for setup in stage.setups for actor in setup.actors}
+    people = " and ".join(tag[1:-1].capitalize() for tag in list(cast)[:2])
+    title = (title or reader.heading or f"{people}: {stage.setups[0].place}")[:200]
+    sets = {setup.place: world.sample_set(setup.place, random.Random(title)) for setup in stage.setups}
+    return WrittenStory(world.Movie(title, cast, sets, stage.setups).story(), notes, reader.left_out)
 
 
 # --- the language model ---
 
 
 def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:
-    """Ask a chat endpoint for the story as JSON, and once more with the fault if the answer is not one."""
     from openai import OpenAI, OpenAIError
 
-    messages: list[dict[str, str]] = [{"role": "system", "content": _BRIEF}, {"role": "user", "content": storyline}]
-    form = {"type": "json_schema", "json_schema": {"name": "story", "schema": Story.model_json_schema()}}
-    fault = ""
-    for _ in range(2):
-        try:
-            with OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, timeout=300) as client:
-                create: Any = client.chat.completions.create
-                reply = create(model=endpoint.model, messages=messages, response_format=form, temperature=0)
-            answer = (reply.choices[0].message.content if reply.choices else None) or ""
-        except (OpenAIError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the language model {endpoint.model} cannot be asked ({reason}); mend CINEMA_LLM_BASE_URL,"
-                " or unset it for the built-in reader"
-            ) from None
-        try:
-            story = _checked(answer, title)
-        except ValueError as error:
-            fault = str(error)
-            messages += [
-                {"role": "assistant", "content": answer},
-                {"role": "user", "content": f"That is not a valid story: {fault}. Answer with the mended JSON only."},
-            ]
-        else:
-            return WrittenStory(story, [f"{endpoint.model} wrote {len(story.shots)} shots"], [])
-    raise UserError(f"{endpoint.model} gave no valid story in two tries ({fault}); try another model or storyline")
+    def read(answer: str) -> Story:
+        found = re.search(r"\{.*\}", answer, re.DOTALL)
+        story = parse_story(json.dumps(json.loads(found[0] if found else answer)), "answer")
+        for shot in story.shots:  # a language model has made no files
+            shot.keyframe = shot.clip = shot.source = None
+        if faults := caption_faults(story):
+            raise ValueError("; ".join(faults[:5]))
+        return story.model_copy(update={"title": title or story.title})
 
-
-def _checked(answer: str, title: str | None) -> Story:
-    """The story in a model's answer; ValueError says what is wrong with it."""
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
-    story = parse_story(json.dumps(json.loads(found[0] if found else answer)), "answer")
-    for shot in story.shots:  # a language model has made no files
-        shot.keyframe = shot.clip = shot.source = None
-    if faults := caption_faults(story):
-        raise ValueError("; ".join(faults[:5]))
-    return story.model_copy(update={"title": title or story.title})
+    try:
+        with OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, timeout=300) as client:
+            story = ask(client, endpoint.model, _BRIEF, storyline, Story.model_json_schema(), read)
+    except AnswerError as error:
+        advice = "try another model or storyline"
+        raise UserError(f"{endpoint.model} gave no valid story in two tries ({error}); {advice}") from None
+    except OpenAIError as error:
+        reason, advice = " ".join(str(error).split())[:200], "mend CINEMA_LLM_BASE_URL, or unset it for our own reader"
+        raise UserError(f"the language model {endpoint.model} cannot be asked ({reason}); {advice}") from None
+    return WrittenStory(story, [f"{endpoint.model} wrote {len(story.shots)} shots"], [])
 
 
 _BRIEF = f"""You turn a storyline into a shot list, as JSON: title, cast (tag, description), sets (name) and shots

@@ -4,29 +4,12 @@ The order of the steps is the paper's: cuts (PySceneDetect), the middle frame of
 removed, centre crop 2:1, resize to a fixed short side, captions that name characters by tags.
 """
 
-from cinema.curation.annotate import (
-    Annotator,
-    Caption,
-    GroundTruthAnnotator,
-    NoAnnotator,
-    VisionAnnotator,
-)
+from cinema.curation.annotate import Annotator, Caption, GroundTruthAnnotator, NoAnnotator, VisionAnnotator
 from cinema.curation.run import CurationReport, FilmReport, curate, curate_film
 from cinema.curation.store import CuratedFilm, CuratedShot, StoppedError, read_film, story_of
 
+# fmt: off
 __all__ = [
-    "Annotator",
-    "Caption",
-    "CuratedFilm",
-    "CuratedShot",
-    "CurationReport",
-    "FilmReport",
-    "GroundTruthAnnotator",
-    "NoAnnotator",
-    "StoppedError",
-    "VisionAnnotator",
-    "curate",
-    "curate_film",
-    "read_film",
-    "story_of",
+    "Annotator", "Caption", "CuratedFilm", "CuratedShot", "CurationReport", "FilmReport", "GroundTruthAnnotator",
+    "NoAnnotator", "StoppedError", "VisionAnnotator", "curate", "curate_film", "read_film", "story_of",
 ]

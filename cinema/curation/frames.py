@@ -40,25 +40,15 @@ def find_borders(film: Film) -> Box:
         profiles = _profiles(film, keys_only=False)
     if not profiles:
         return Box(0, 0, film.width, film.height)
-    means = np.array([mean for mean, _, _ in profiles])
+    means, rows, columns = (np.stack(part) for part in zip(*profiles, strict=True))
     bright = means > BRIGHT if (means > BRIGHT).any() else means >= np.quantile(means, 0.9)
-    top, bottom = _bars(np.quantile(np.stack([rows for _, rows, _ in profiles])[bright], 0.9, axis=0))
-    left, right = _bars(np.quantile(np.stack([columns for _, _, columns in profiles])[bright], 0.9, axis=0))
+    top, bottom = _bars(np.quantile(rows[bright], 0.9, axis=0))
+    left, right = _bars(np.quantile(columns[bright], 0.9, axis=0))
     return Box(left, top, film.width - right, film.height - bottom)
 
 
 def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Make a keyframe of a decoded frame of any pixel format.
-
-    Args:
-        image: the frame as decoded.
-        film: gives the frame size and the sample aspect ratio.
-        picture: area without borders, in stored pixels.
-        height: short side of the result.
-
-    Returns:
-        RGB, `height` x `2 * height`: the centre of the picture as it is meant to be seen.
-    """
+    """The centre of a frame's picture area as it is meant to be seen: RGB, `height` x `2 * height`."""
     pixels = image.reformat(width=film.width, height=film.height, format="rgb24").to_ndarray()
     turns = round(image.rotation / 90) % 4  # quarter turns, counter-clockwise
     upright = np.rot90(pixels[picture.top : picture.bottom, picture.left : picture.right], turns)
@@ -98,17 +88,11 @@ def _profiles(film: Film, keys_only: bool) -> list[tuple[float, np.ndarray, np.n
     kept: list[tuple[float, np.ndarray, np.ndarray]] = []
     stride = 1
     for frame in FrameReader(film, keys_only):
-        if (
-            frame.index % stride
-            or frame.damaged
-            or (frame.image.width, frame.image.height) != (film.width, film.height)
-        ):
-            continue
-        if frame.index % stride or frame.damaged:
+        odd_size = (frame.image.width, frame.image.height) != (film.width, film.height)
+        if frame.index % stride or frame.damaged or odd_size:
             continue
         y = _luma(frame.image)
-        if y.shape == (film.height, film.width):
-            kept.append((float(y.mean()), _p95(y[:, ::2].T), _p95(y[::2])))
+        kept.append((float(y.mean()), _p95(y[:, ::2].T), _p95(y[::2])))
         if len(kept) == MOST:
             kept, stride = kept[::2], stride * 2
     return kept

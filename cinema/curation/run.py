@@ -13,7 +13,7 @@ from cinema.config import preset
 from cinema.curation.annotate import Annotator
 from cinema.curation.film import Film, FrameReader, probe
 from cinema.curation.frames import Box, find_borders, is_blank, keyframe_image, to_jpeg
-from cinema.curation.shots import DETECTORS, SHORTEST_SHOT, Timeline, find_shots
+from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline, find_shots
 from cinema.curation.store import (
     STORE_VERSION,
     CuratedFilm,
@@ -32,22 +32,14 @@ PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
 
 @dataclass(frozen=True)
 class FilmReport:
-    """What became of one film.
-
-    Attributes:
-        film: the file.
-        status: "ok", "partial" (used, but some of it is missing or broken) or "failed".
-        shots, kept: rows written, and how many of them are fit for training.
-        reason: for partial and failed, one sentence.
-        skipped: an earlier run had finished it.
-    """
+    """What became of one film: "ok", "partial" (used, but some of it is missing or broken) or "failed", and why."""
 
     film: Path
     status: str
-    shots: int = 0
-    kept: int = 0
-    reason: str = ""
-    skipped: bool = False
+    shots: int = 0  # rows written
+    kept: int = 0  # those fit for training
+    reason: str = ""  # of partial and failed, one sentence
+    skipped: bool = False  # an earlier run had finished it
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def curate(
     *,
     annotator: Annotator,
     height: int | None = None,
-    detector: str = "content",
+    detector: str = DETECTOR,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> CurationReport:
     """Curate films into a folder; the same command goes on where it was killed and ends with the same bytes.
@@ -78,7 +70,7 @@ def curate(
         out: folder for `<film stem>.parquet` and `<film stem>.done.json`.
         annotator: writes the captions.
         height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
-        detector: "content", "adaptive" or "adaptive-luma".
+        detector: one of `shots.DETECTORS`.
         on_progress: told (frames done, frames in all, what is happening).
 
     Raises:
@@ -113,7 +105,7 @@ def curate_film(
     *,
     annotator: Annotator,
     height: int | None = None,
-    detector: str = "content",
+    detector: str = DETECTOR,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> FilmReport:
     """Curate one film; as `curate`, but what is wrong with the film is raised as UserError.
@@ -121,10 +113,11 @@ def curate_film(
     `on_progress` is told the share done, 0 to 1, and what is happening.
     """
     settings, tell = _settings(annotator, height, detector), on_progress or (lambda share, message: None)
-    facts, mark = probe(film), fingerprint(film)
+    facts, about = probe(film), _about(film, settings) | {"fingerprint": fingerprint(film)}
     parquet, done_file = out / f"{film.stem}.parquet", out / f"{film.stem}.done.json"
     done = read_done(done_file)
-    if parquet.is_file() and _is_finished(done, settings, mark):
+    finished = done.get("status") in ("ok", "partial") and not done["counts"]["pending"]
+    if parquet.is_file() and finished and all(done[key] == about[key] for key in ("config_hash", "fingerprint")):
         counts = done["counts"]
         return FilmReport(film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
     for stale in out.glob(f".{glob.escape(film.stem)}.*part*"):  # of a run that was killed while writing
@@ -134,17 +127,19 @@ def curate_film(
     line = find_shots(facts, picture, detector, lambda i: tell(min(0.5, 0.5 * i / n), "finding cuts"))
     rows = _rows(facts, line, picture, settings["height"], lambda i: tell(min(0.9, 0.5 + 0.4 * i / n), "keyframes"))
     tell(0.9, "captions")
-    rows, pending = _captioned(film, rows, annotator)
+    asked = [row for row in rows if row.kept]
+    captions = annotator.caption(film, asked)
+    for row, c in zip(asked, captions, strict=True):
+        rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
     write_film(parquet, CuratedFilm(film.name, annotator.cast(film), rows))
-    done = _done(film, settings, mark) | _verdict(facts, line, rows, pending)
+    done = about | _verdict(facts, line, rows, pending=sum(c.retry for c in captions))
     write_done(done_file, done)
     return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
 
 
 def _rows(film: Film, line: Timeline, picture: Box, height: int, on_frame: Callable[[int], None]) -> list[CuratedShot]:
     """Every shot with its keyframe, no captions yet; blank and broken ones are set aside."""
-    spans = line.spans()
-    middles = [line.middle(start, end) for start, end in spans]
+    middles = [line.middle(start, end) for start, end in line.spans()]
     wanted = set(middles)
     images: dict[int | None, tuple[bytes | None, str]] = {None: (None, "no frame of it is free of decoding errors")}
     for frame in FrameReader(film):  # from the start again: seeking lands beside the frame in some containers
@@ -152,36 +147,20 @@ def _rows(film: Film, line: Timeline, picture: Box, height: int, on_frame: Calla
         if frame.index in wanted:
             pixels = keyframe_image(frame.image, film, picture, height)
             images[frame.index] = to_jpeg(pixels), "blank frame" if is_blank(pixels) else ""
-
-    def seconds(index: int) -> float:
-        return float(line.pts_at(index) * film.time_base)
-
+    seconds = [float(pts * film.time_base) for pts in (*line.pts, line.end_pts)]
     fixed: dict[str, Any] = {f"crop_{side}": at for side, at in asdict(picture).items()}
     fixed["time_base"] = str(film.time_base)
-    rows = []
-    for shot, ((start, end), middle) in enumerate(zip(spans, middles, strict=True)):
+    rows = list[CuratedShot]()
+    for (start, end), middle in zip(line.spans(), middles, strict=True):
         image, reason = images[middle]
-        place: dict[str, Any] = {"start_s": seconds(start), "end_s": seconds(end)}
-        place |= {"start_frame": start, "end_frame": end, "keyframe_s": None if middle is None else seconds(middle)}
-        rows.append(CuratedShot(shot=shot, **place, **fixed, image=image, kept=not reason, reason=reason))
+        times: dict[str, Any] = {"start_s": seconds[start], "end_s": seconds[end], "start_frame": start}
+        times |= {"end_frame": end, "keyframe_s": None if middle is None else seconds[middle]}
+        rows.append(CuratedShot(len(rows), **times, **fixed, image=image, kept=not reason, reason=reason))
     return rows
 
 
-def _captioned(film: Path, rows: list[CuratedShot], annotator: Annotator) -> tuple[list[CuratedShot], int]:
-    """The rows with captions, and how many got none for a reason that may pass."""
-    asked = [row for row in rows if row.kept]
-    answers = annotator.caption(film, asked)
-    by_shot = {row.shot: answer for row, answer in zip(asked, answers, strict=True)}
-
-    def fill(row: CuratedShot) -> CuratedShot:
-        a = by_shot.get(row.shot)
-        return row if a is None else replace(row, caption=a.text, tags=a.tags, kept=a.kept, reason=a.reason)
-
-    return [fill(row) for row in rows], sum(a.retry for a in answers)
-
-
 def _verdict(film: Film, line: Timeline, rows: list[CuratedShot], pending: int) -> dict[str, Any]:
-    """The part of a done-file that says how it went."""
+    """The part of a done-file that says how it went; `pending` captions are missing for a reason that may pass."""
     lasts, damaged = float((line.end_pts - line.pts[0]) * film.time_base), sum(line.damaged)
     reasons = []
     if film.duration_s is not None and lasts < film.duration_s - TOLERANCE_S:
@@ -201,21 +180,17 @@ def _verdict(film: Film, line: Timeline, rows: list[CuratedShot], pending: int) 
     }
 
 
-def _done(film: Path, settings: dict[str, Any], mark: str) -> dict[str, Any]:
-    about: dict[str, Any] = {"film": film.name, "fingerprint": mark, "config_hash": _hash(settings), "config": settings}
-    return about | {"versions": {name: version(name) for name in PACKAGES}}
+def _about(film: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a done-file that says what was asked, and of whom."""
+    versions = {name: version(name) for name in PACKAGES}
+    return {"film": film.name, "config_hash": _hash(settings), "config": settings, "versions": versions}
 
 
 def _failed(film: Path, out: Path, settings: dict[str, Any], reason: str) -> FilmReport:
     done_file = out / f"{film.stem}.done.json"
     if read_done(done_file).get("status", "failed") == "failed":  # else an earlier run saved something: leave it
-        write_done(done_file, _done(film, settings, "") | {"status": "failed", "reason": reason})
+        write_done(done_file, _about(film, settings) | {"status": "failed", "reason": reason})
     return FilmReport(film, "failed", reason=reason)
-
-
-def _is_finished(done: dict[str, Any], settings: dict[str, Any], mark: str) -> bool:
-    whole = done.get("status") in ("ok", "partial") and not done["counts"]["pending"]
-    return whole and done["config_hash"] == _hash(settings) and done["fingerprint"] == mark
 
 
 def _settings(annotator: Annotator, height: int | None, detector: str) -> dict[str, Any]:
@@ -224,9 +199,8 @@ def _settings(annotator: Annotator, height: int | None, detector: str) -> dict[s
         raise UserError(f"a keyframe height of {height} makes no sense; choose 16 to 4096 pixels")
     if detector not in DETECTORS:
         raise UserError(f"there is no detector {detector!r}; choose one of {', '.join(DETECTORS)}")
-    who = dict(annotator.identity)
     cuts = {"detector": detector, "shortest_shot_s": SHORTEST_SHOT}
-    return {"store_version": STORE_VERSION, "height": height, **cuts, "annotator": who}
+    return {"store_version": STORE_VERSION, "height": height, **cuts, "annotator": dict(annotator.identity)}
 
 
 def _hash(settings: dict[str, Any]) -> str:

@@ -19,41 +19,31 @@ SHORTEST_SHOT = 0.3
 DETECTORS: dict[str, Callable[[], SceneDetector]] = {
     "content": lambda: ContentDetector(min_scene_len=SHORTEST_SHOT),
     "adaptive": lambda: AdaptiveDetector(min_scene_len=SHORTEST_SHOT),
-    # Hue and saturation are dead in black and white and alike within a set: they only dilute luma.
+    # Hue and saturation are dead in black and white and alike within a set: they only dilute luma. PySceneDetect's
+    # "luma" is HSV's value, the largest of R, G and B: a cut from pure blue to pure yellow leaves it as it is.
     "adaptive-luma": lambda: AdaptiveDetector(min_scene_len=SHORTEST_SHOT, luma_only=True),
 }
+DETECTOR = "adaptive-luma"
 LOOK_SIZE = 256  # pixels of the longer side that the detector sees
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What one pass over a film found out.
+    """What one pass over a film found out; its shots tile it."""
 
-    Attributes:
-        pts: PTS of every frame, strictly increasing.
-        end_pts: when the last frame ends.
-        damaged: per frame, whether its pixels can not be trusted.
-        cuts: first frames of all shots, beginning with 0: the shots tile the film.
-        errors: packets that could not be decoded.
-    """
-
-    pts: list[int]
-    end_pts: int
-    damaged: list[bool]
-    cuts: list[int]
-    errors: int
+    pts: list[int]  # of every frame, strictly increasing
+    end_pts: int  # when the last frame ends
+    damaged: list[bool]  # per frame, whether its pixels can not be trusted
+    cuts: list[int]  # first frames of all shots, beginning with 0
+    errors: int  # packets that could not be decoded
 
     def spans(self) -> list[tuple[int, int]]:
         """(first frame, frame after the last) of every shot."""
         return list(zip(self.cuts, [*self.cuts[1:], len(self.pts)], strict=True))
 
-    def pts_at(self, frame: int) -> int:
-        """PTS of a frame; of the number of frames, the end of the film."""
-        return self.pts[frame] if frame < len(self.pts) else self.end_pts
-
     def middle(self, start: int, end: int) -> int | None:
         """The undamaged frame of a shot that is nearest to the one shown halfway in time; None if there is none."""
-        halfway = (self.pts_at(start) + self.pts_at(end)) / 2
+        halfway = (self.pts[start] + (self.pts[end] if end < len(self.pts) else self.end_pts)) / 2
         shown = bisect_right(self.pts, halfway, start, end) - 1
         good = (i for i in range(start, end) if not self.damaged[i])
         return min(good, key=lambda i: abs(i - shown), default=None)
@@ -62,14 +52,7 @@ class Timeline:
 def find_shots(film: Film, picture: Box, detector: str, on_frame: Callable[[int], None] | None = None) -> Timeline:
     """Decode a film once and cut it into shots, looking only at the picture area.
 
-    Args:
-        film: as probed.
-        picture: area without borders, in stored pixels.
-        detector: one of DETECTORS, all PySceneDetect's.
-        on_frame: told the index of every frame, for progress.
-
-    Raises:
-        UserError: not one frame could be decoded.
+    `detector` is one of DETECTORS; `on_frame` is told the index of every frame. Raises UserError if there is none.
     """
     judge, reader = DETECTORS[detector](), FrameReader(film)
     pts, damaged, found, end = list[int](), list[bool](), set[int](), 0

@@ -6,25 +6,27 @@ the character explains better than the background does; its *confidence* is that
 on this background would gain. Prices are squared distances, mean over the channels, of RGB in [0, 1].
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from cinema.toyworld.draw import Camera, Paper, draw_character
-from cinema.toyworld.world import PLACES, POSITIONS, SIZES, Actor, Look, Setup, all_looks
+from cinema.toyworld.draw import Paper, camera_at, draw_character
+from cinema.toyworld.world import ACTIONS, CAMERAS, PLACES, POSITIONS, SIZES, Actor, Look, Setup, all_looks
 
 HEIGHT = 128  # pixels that every frame is read at
 REACH = 4  # pixels by which a character may stand beside its mark
 ANYTHING = 0.03  # price of a background pixel unlike its row
 WRONG = 0.06  # highest price of a pixel that a character should explain
-THERE = 0.4  # least confidence of a character that is there
-FINALISTS = 24
+THERE = 0.25  # least confidence of a character that is there; empty sets stay below 0
+FINALISTS = 16  # looks that are compared at full resolution
 
-Array = Float[np.ndarray, "..."]
+Trial = tuple[int, int, int]  # look, and offsets down and across, counted from -REACH
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,26 @@ class ReadFrame:
         return next((self.found.get(a.position) for a in self.setup.actors if a.tag == tag), None)
 
 
+@dataclass(frozen=True)
+class ReadClip:
+    """What a clip shows: the camera's move, and the action of every character whose look was given."""
+
+    camera: str
+    actions: dict[str, str]
+
+
 def cut_out(
-    look: Look, actor: Actor, size: str, camera: Camera | None = None, height: int = HEIGHT, time: float = 0.0, aspect: int = 2
+    look: Look, setup: Setup, actor: Actor, time: float = 0.0, height: int = HEIGHT, aspect: int = 2
 ) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
-    """A character without its set: RGB times alpha, and alpha, both in [0, 1]; shadows are black with alpha 0.24."""
+    """A character without its set at a moment of a shot: RGB times alpha, and alpha, in [0, 1].
+
+    Drawn on black and on white; what differs shines through. A shadow is black of alpha 0.24.
+    """
     sheets = []
     for ground in ((0, 0, 0), (255, 255, 255)):
         paper = Paper(height, aspect * height, ground)
-        paper.camera = camera or Camera()
-        draw_character(paper, look, actor, size, time)
+        paper.camera = camera_at(setup, time)
+        draw_character(paper, look, actor, setup.size, time)
         sheets.append(np.asarray(paper.picture(), np.float32) / 255)
     return sheets[0], 1 - (sheets[1] - sheets[0]).mean(-1)
 
@@ -83,8 +96,8 @@ def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
         image: a picture of any size, 2:1; characters are at rest, as in the first frame of every shot.
         setup: who should be where; used only to say which tag stands at which position.
     """
-    scene = _Scene.of(image)
-    cast = {size: {p: a for p in POSITIONS if (a := scene.find(size, p))} for size in SIZES}
+    scene = _Scene.of(to_pixels(image))
+    cast = {size: {p: hit for p in POSITIONS if (hit := scene.find(size, p))} for size in SIZES}
     size = max(SIZES, key=lambda s: sum(gain for _, gain in cast[s].values()))
     found = {position: actor for position, (actor, _) in cast[size].items()}
     return ReadFrame(read_place(scene.pixels), size if found else None, found, setup)
@@ -102,87 +115,157 @@ def read_place(pixels: Float[np.ndarray, "h w 3"]) -> str:
 class _Templates:
     """Every look at one size: crops of `cut_out` at the left mark, whose top left pixel is at `corner` (y, x)."""
 
-    colour: np.ndarray  # uint8, (looks, h, w, 3), times alpha
-    alpha: np.ndarray  # uint8, (looks, h, w)
+    colour: UInt8[np.ndarray, "looks h w 3"]  # times alpha
+    alpha: UInt8[np.ndarray, "looks h w"]
     corner: tuple[int, int]
-    linear: Array  # (looks, 4 * h/2 * w/2): what multiplies (colours, squares) of a window at half resolution
-    constant: Array  # (looks,)
+    linear: Float[np.ndarray, "looks values"]  # times (colours, mean squares) of a window at half resolution ...
+    constant: Float[np.ndarray, "looks 1"]  # ... plus this: the gain on a background that could be anything
 
 
 @lru_cache(maxsize=len(SIZES))
 def _templates(size: str) -> _Templates:
-    sheets = [cut_out(look, Actor("", "left", "standing"), size, aspect=1) for look in all_looks()]
+    actor = Actor("", "left", "standing")
+    sheets = [cut_out(look, Setup("", size, "static", (actor,)), actor, aspect=1) for look in all_looks()]
     colour, alpha = (np.round(np.stack(x) * 255).astype(np.uint8) for x in zip(*sheets, strict=True))
     rows, columns = (np.flatnonzero((alpha > 4).any((0, axis))) for axis in (2, 1))
     (top, bottom), (left, right) = ((x[0] // 2 * 2, x[-1] // 2 * 2 + 2) for x in (rows, columns))
     colour, alpha = colour[:, top:bottom, left:right], alpha[:, top:bottom, left:right]
     c, a = _half(colour / np.float32(255)), _half(alpha[..., None] / np.float32(255))
-    linear = np.concatenate([2 / 3 * c, -a], -1).reshape(len(c), -1)
-    constant = (ANYTHING * a - (c**2).mean(-1, keepdims=True) / np.maximum(a, 1e-3)).sum((1, 2, 3))
+    linear = np.concatenate([2 / 3 * c, -a], -1).reshape(len(c), -1)  # of a (anything - |pixel - c / a|^2)
+    constant = (ANYTHING * a - (c**2).mean(-1, keepdims=True) / np.maximum(a, 1e-3)).sum((1, 2))
     return _Templates(colour, alpha, (int(top), int(left)), linear, constant)
-
-
-def _half(x: Array) -> Array:
-    """Means of 2 x 2 pixels, of (..., h, w, channels)."""
-    return (x[..., ::2, ::2, :] + x[..., 1::2, ::2, :] + x[..., ::2, 1::2, :] + x[..., 1::2, 1::2, :]) / 4
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """A frame, padded by REACH, with the best guess of its background."""
+    """A frame and the likeliest background of each row, both padded by REACH."""
 
-    pixels: Array  # (h, w, 3), not padded
-    padded: Array
-    ground: Array
-    small: Array  # (h/2, w/2, 4): colours and mean square, padded
+    pixels: Float[np.ndarray, "h w 3"]  # not padded
+    padded: Float[np.ndarray, "_h _w 3"]
+    ground: Float[np.ndarray, "_h _w 3"]
+    small: Float[np.ndarray, "_hh _hw 4"]  # half as large: colours and mean square
 
     @classmethod
-    def of(cls, image: Image.Image) -> "_Scene":
-        pixels = to_pixels(image)
+    def of(cls, pixels: Float[np.ndarray, "h w 3"]) -> "_Scene":
         x = np.arange(pixels.shape[1])
-        beside = np.min([np.abs(x - p * HEIGHT) for p in POSITIONS.values()], 0) > HEIGHT // 5
-        ground = np.broadcast_to(np.median(pixels[:, beside], 1, keepdims=True), pixels.shape)
-        padded, ground = (np.pad(a, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge") for a in (pixels, ground))
+        beside = np.min([np.abs(x - mark * HEIGHT) for mark in POSITIONS.values()], 0) > HEIGHT / 5
+        rows = np.broadcast_to(np.median(pixels[:, beside], 1, keepdims=True), pixels.shape)
+        padded, ground = (np.pad(p, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge") for p in (pixels, rows))
         small = _half(padded)
-        small = np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1)
-        return cls(pixels, padded, ground, small)
+        return cls(pixels, padded, ground, np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1))
 
     def find(self, size: str, position: str) -> tuple[ReadActor, float] | None:
-        """The character of this size at this position and its gain, or None."""
+        """The character of this size at this position and its gain, or None; by all looks, then by the likeliest."""
         t = _templates(size)
-        at = t.corner[0], t.corner[1] + round((POSITIONS[position] - POSITIONS["left"]) * HEIGHT)
+        top, left = t.corner[0], t.corner[1] + round((POSITIONS[position] - POSITIONS["left"]) * HEIGHT)
         n, (h, w) = REACH + 1, t.alpha.shape[1:]
-        windows = sliding_window_view(self.small, (h // 2, w // 2), (0, 1))
-        near = windows[at[0] // 2 : at[0] // 2 + n, at[1] // 2 : at[1] // 2 + n]
-        near = np.moveaxis(near, 2, -1).reshape(n * n, -1)
-        rough = t.linear @ near.T + t.constant[:, None]
+        windows = sliding_window_view(self.small, (h // 2, w // 2), (0, 1))[top // 2 :, left // 2 :][:n, :n]
+        rough = t.linear @ rearrange(windows, "y x c h w -> (h w c) (y x)") + t.constant
         looks = np.argsort(-rough.max(1))[:FINALISTS]
-        shifts = [(2 * (k // n), 2 * (k % n)) for k in rough[looks].argmax(1)]
-        best = max((*self._fit(t, at, look, s), look, s) for look, s in zip(looks, shifts))
-        for _ in range(1):
-            around = [(best[3][0] + dy, best[3][1] + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            around = [s for s in around if min(s) >= 0 and max(s) <= 2 * REACH]
-            cand = sorted(((*self._fit(t, at, look, s), look, s) for look, s in zip(looks, shifts)), reverse=True)[:3]
-            best = max((*self._fit(t, at, c[2], s), c[2], s) for c in cand for s in around)
-        gain, confidence, look, (y, x) = best
-        if confidence < THERE:
+        trials = [
+            (int(look), 2 * (k // n), 2 * (k % n))
+            for look, k in zip(looks, rough[looks].argmax(1).tolist(), strict=True)
+        ]
+        ranked = sorted((self._gain(t, top, left, trial) for trial in trials), reverse=True)
+        if ranked[0][1] < THERE / 2:
             return None
-        return ReadActor(all_looks()[look], float(confidence), (x - REACH, y - REACH)), float(gain)
+        near = {(look, y + dy, x + dx) for *_, (look, y, x) in ranked[:3] for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+        inside = [trial for trial in near if min(trial[1:]) >= 0 and max(trial[1:]) <= 2 * REACH]
+        gain, confidence, (look, y, x) = max(self._gain(t, top, left, trial) for trial in inside)
+        actor = ReadActor(all_looks()[look], confidence, (x - REACH, y - REACH))
+        return (actor, gain) if confidence >= THERE else None
 
-    def _fit(self, t, at, look, shift):
-        h, w = t.alpha.shape[1:]
-        y, x = at[0] + shift[0], at[1] + shift[1]
-        pix, bg = self.padded[y : y + h, x : x + w], self.ground[y : y + h, x : x + w]
-        a, c = t.alpha[look] / np.float32(255), t.colour[look] / np.float32(255)
-        drawn = c + (1 - a[..., None]) * bg
-        free = np.minimum(((pix - bg) ** 2).mean(-1), ANYTHING)
-        wrong = np.minimum(((pix - drawn) ** 2).mean(-1), WRONG)
-        possible = np.minimum(((drawn - bg) ** 2).mean(-1), ANYTHING)
-        gain = (a * (free - wrong)).sum()
-        return gain, gain / max((a * possible).sum(), 1e-6)
+    def _gain(self, t: _Templates, top: int, left: int, trial: Trial) -> tuple[float, float, Trial]:
+        """Gain and confidence of one look at one place."""
+        look, y, x = trial
+        area = np.s_[top + y : top + y + t.alpha.shape[1], left + x : left + x + t.alpha.shape[2]]
+        pixels, ground, alpha = self.padded[area], self.ground[area], t.alpha[look] / np.float32(255)
+        drawn = t.colour[look] / np.float32(255) + (1 - alpha[..., None]) * ground
+        price = np.minimum(_distance(pixels, ground), ANYTHING) - np.minimum(_distance(pixels, drawn), WRONG)
+        most = np.minimum(_distance(drawn, ground), ANYTHING)
+        gain = float((alpha * price).sum())
+        return gain, gain / max(float((alpha * most).sum()), 1e-6), trial
+
+
+# --- clips ----------------------------------------------------------------------------------------------------
+
+
+def read_clip(frames: Sequence[Image.Image], setup: Setup, cast: Mapping[str, Look]) -> ReadClip:
+    """Read a shot: which camera move and which actions, drawn over its moved first frame, explain it best.
+
+    Args:
+        frames: the whole shot, evenly spaced in time from 0 to 1; at least 5.
+        setup: who stands where, and the shot size; its camera and actions are not looked at.
+        cast: tag → look, as read from the first frame; a character of the setup without a look is left out.
+
+    Raises:
+        ValueError: fewer than 5 frames.
+    """
+    if len(frames) < 5:
+        raise ValueError(f"{len(frames)} frames show neither a move nor an action; give at least 5")
+    chosen = sorted({*range(2, len(frames), 3), len(frames) - 1})
+    times = [k / (len(frames) - 1) for k in chosen]
+    first, *seen = [to_pixels(frames[k]) for k in (0, *chosen)]
+    actors = tuple(actor for actor in setup.actors if actor.tag in cast)
+    trials = [replace(setup, actors=actors, camera=camera) for camera in CAMERAS]
+    tried = [_explain(first, np.stack(seen), times, trial, cast) for trial in trials]
+    return min(tried, key=lambda result: result[0])[1]
+
+
+def _explain(
+    first: Float[np.ndarray, "h w 3"],
+    seen: Float[np.ndarray, "t h w 3"],
+    times: list[float],
+    setup: Setup,
+    cast: Mapping[str, Look],
+) -> tuple[float, ReadClip]:
+    """Given the setup's camera, the actions that explain most, and the mean price of a pixel that is explained."""
+    bare = np.ones(first.shape[:2], np.float32)
+    for actor in setup.actors:
+        bare = bare * (1 - cut_out(cast[actor.tag], setup, actor)[1])
+    moved = [_moved(first, bare, setup, time) for time in times]
+    ground, weight = (np.stack(x) for x in zip(*moved, strict=True))
+    price = weight * np.minimum(_distance(seen, ground), WRONG)
+    actions = {}
+    for actor in setup.actors:
+        tried = {}
+        for action in ACTIONS:
+            sheets = [cut_out(cast[actor.tag], setup, replace(actor, action=action), time) for time in times]
+            colour, alpha = (np.stack(x) for x in zip(*sheets, strict=True))
+            drawn = colour + (1 - alpha[..., None]) * ground
+            wrong = alpha * np.minimum(_distance(seen, drawn), WRONG)
+            tried[action] = (1 - alpha) * price + wrong, (1 - alpha) * weight + alpha
+        best = min(tried, key=lambda action: tried[action][0].sum() / tried[action][1].sum())
+        actions[actor.tag], (price, weight) = best, tried[best]
+    return float(price.sum() / weight.sum()), ReadClip(setup.camera, actions)
+
+
+def _moved(
+    first: Float[np.ndarray, "h w 3"], bare: Float[np.ndarray, "h w"], setup: Setup, time: float
+) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
+    """The first frame as the camera shows it later, and where that is known: not behind characters, not outside."""
+    camera = camera_at(setup, time)
+    x, y = HEIGHT * (1 - 1 / camera.push) - 0.6 * camera.shift * HEIGHT, 0.55 * HEIGHT * (1 - 1 / camera.push)
+    affine = (1 / camera.push, 0, x, 0, 1 / camera.push, y)
+
+    def move(channel: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+        image = Image.fromarray(channel)
+        return np.asarray(image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
+
+    return np.stack([move(first[..., k]) for k in range(3)], -1), move(bare)
 
 
 def to_pixels(image: Image.Image) -> Float[np.ndarray, "h w 3"]:
     """A picture → RGB in [0, 1] at the size that is read."""
-    image = image.convert("RGB").resize((2 * HEIGHT, HEIGHT), Image.Resampling.BOX if image.height > HEIGHT else Image.Resampling.BICUBIC)
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image.convert("RGB").resize((2 * HEIGHT, HEIGHT), Image.Resampling.BOX), np.float32) / 255
+
+
+def _half(x: Float[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b _h _w c"]:
+    """Means of 2 x 2 pixels."""
+    return (x[..., ::2, ::2, :] + x[..., 1::2, ::2, :] + x[..., ::2, 1::2, :] + x[..., 1::2, 1::2, :]) / 4
+
+
+def _distance(a: Float[np.ndarray, "*b c"], b: Float[np.ndarray, "*b c"]) -> Float[np.ndarray, "*b"]:
+    """Squared distance of pictures, mean over the channels."""
+    difference = a - b
+    return np.einsum("...c,...c->...", difference, difference) / a.shape[-1]

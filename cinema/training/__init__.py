@@ -10,6 +10,7 @@ from cinema.training.loop import Progress, Run, Task, run_training
 TASKS = {
     "autoencoder": "cinema.training.autoencoder:AutoencoderTask",
     "clip": "cinema.training.text:ClipTask",
+    "t5": "cinema.training.text:T5Task",
     "keyframes": "cinema.training.keyframes:KeyframeTask",
     "video": "cinema.training.video:VideoTask",
     "video_autoencoder": "cinema.training.video_autoencoder:VideoAutoencoderTask",

@@ -27,7 +27,7 @@ from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import to_image, to_tensor
 from cinema.training.config import Stage
 from cinema.training.stories import StoryStore, sample_shots
-from cinema.training.text import clip_text_tower, make_tokenizer, small_t5, tokenize
+from cinema.training.text import clip_text_tower, make_tokenizer, tokenize
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 EMPTY = ""
@@ -70,7 +70,7 @@ class KeyframeTask:
     """Keyframe planning on toy stories.
 
     Args:
-        vae, clip: folders of the trained autoencoder and CLIP.
+        vae, clip, t5: folders of the trained autoencoder, CLIP and T5; T5 goes on learning here.
         cache: folder for the encoded stories.
         movies, shots: size of the training set.
         context: share of the newest pairs (the last one excepted) that are nearly clean context.
@@ -85,13 +85,14 @@ class KeyframeTask:
         init: str | None,
         vae: str,
         clip: str,
+        t5: str,
         cache: str,
         movies: int = 2000,
         shots: int = 12,
         context: float = 0.35,
         context_sigma: float = 0.25,
         caption_dropout: float = 0.08,
-        shift: float = 1.5,
+        shift: float = 4.0,
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
@@ -101,7 +102,10 @@ class KeyframeTask:
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
         self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
         self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
-        self.model = self._load(init) if init else KeyframeLearner(small_flux(**shape), small_t5())
+        self.model = KeyframeLearner(
+            self._transformer(init) if init else small_flux(**shape),
+            T5EncoderModel.from_pretrained(t5, torch_dtype=torch.float32),
+        )
         sides = tuple(side for side, _ in self._layout(shots, self.settings.memory_group).by_level())
         self.store = StoryStore(Path(cache), self.vae, seed, movies, shots, sides)
 
@@ -188,12 +192,10 @@ class KeyframeTask:
         p = len(captions[0])
         return rearrange(words, "(b p) t -> b p t", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
 
-    def _load(self, folder: str) -> KeyframeLearner:
-        transformer = InterleavedFluxTransformer.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=torch.float32
-        )
-        t5 = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2", torch_dtype=torch.float32)
-        return KeyframeLearner(transformer, t5)
+    @staticmethod
+    def _transformer(folder: str) -> InterleavedFluxTransformer:
+        full = {"torch_dtype": torch.float32}
+        return InterleavedFluxTransformer.from_pretrained(folder, subfolder="transformer", **full)
 
 
 def small_flux(

@@ -1,9 +1,13 @@
 """Optimisers: AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from cinema.training.config import TrainConfig
+
+BIAS_RATE = 30.0
 
 
 def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -12,12 +16,16 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
     Muon orthogonalises the update of a matrix. It suits the dense matrices inside transformer blocks; embeddings,
     modulation, norms and the output layer stay with AdamW.
     """
-    matrices = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and config.muon_lr and is_block_matrix(n, p)
-    }
-    rest = [p for n, p in model.named_parameters() if p.requires_grad and n not in matrices]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = {n: p for n, p in trained.items() if config.muon_lr and is_block_matrix(n, p)}
+    biases = {n: p for n, p in trained.items() if "relative_attention_bias" in n}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in trained.items() if n not in matrices and n not in biases], "lr": config.lr}
+    ]
+    if biases:  # logits that must grow to 5 or so before a head looks at one neighbour; T5's own optimiser was relative
+        groups.append({"params": list(biases.values()), "lr": BIAS_RATE * config.lr, "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+        torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     ]
     if matrices and config.muon_lr:
         optimizers.append(

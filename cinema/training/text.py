@@ -1,7 +1,8 @@
 """Text encoders of the toy preset: tokenizers over the shot list's words, a small T5, a small CLIP.
 
-CLIP is trained here, by contrast between frames and captions. T5 is trained together with the keyframe model,
-which is what teaches it who stands where; see `cinema.training.keyframes`.
+CLIP is trained by contrast between frames and captions. T5 is trained text to text, as the real one was: it rewrites
+a caption position by position, and so learns whose colour a colour is. Flux's text tokens have no positions of their
+own, so what T5 does not bind together nobody can. It goes on learning with the keyframe model.
 """
 
 from pathlib import Path
@@ -21,10 +22,23 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
 from cinema.config import TOY
-from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, HATS, PLACES, POSITIONS, SHAPES, SIZES
+from cinema.files import write_text
+from cinema.toyworld.world import (
+    ACTIONS,
+    CAMERAS,
+    COLOURS,
+    HATS,
+    PLACES,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    parse_caption,
+    sample_movie,
+)
 from cinema.training.autoencoder import frames_of_step, to_image
 from cinema.training.config import Stage
 
@@ -60,24 +74,82 @@ def make_tokenizer(start: bool, length: int = TOY.keyframes.text_tokens) -> PreT
     )
 
 
-def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
-    """A T5 encoder with few parameters."""
-    return T5EncoderModel(
+def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5ForConditionalGeneration:
+    """A T5 with few parameters: an encoder, and one decoder layer to train it with."""
+    return T5ForConditionalGeneration(
         T5Config(
             vocab_size=len(vocabulary()),
             d_model=width,
             d_kv=width // heads,
             d_ff=2 * width,
             num_layers=layers,
+            num_decoder_layers=1,
             num_heads=heads,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
             pad_token_id=0,
+            decoder_start_token_id=0,
             eos_token_id=1,
-            is_encoder_decoder=False,
             use_cache=False,
         )
     )
+
+
+class T5Task:
+    """Text to text: a caption in, who stands where out, from left to right."""
+
+    def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
+        torch.manual_seed(seed)
+        self.seed = seed
+        self.model = T5ForConditionalGeneration.from_pretrained(init) if init else small_t5(**shape)
+        self.tokenizer = make_tokenizer(start=False)
+
+    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """Cross entropy of the rewritten captions."""
+        captions = shot_captions(self.seed, step, stage.batch)
+        words, target = (tokenize(self.tokenizer, lines) for lines in (captions, [by_position(c) for c in captions]))
+        target = target.masked_fill(target == 0, -100)
+        out = model(input_ids=words, labels=target)
+        right = ((out.logits.argmax(-1) == target) | (target == -100)).all(1).float().mean()
+        return out.loss, {"exact": right.item()}
+
+    def save(self, folder: Path) -> None:
+        """Write the encoder, and the tokenizer beside it."""
+        t5_encoder(self.model).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def sample(self, path: Path, stage: Stage) -> None:
+        """Captions, and what the decoder makes of them, as a text file beside `path`."""
+        captions = shot_captions(self.seed, 10**7, 8)
+        ids = self.model.generate(tokenize(self.tokenizer, captions), max_new_tokens=28, do_sample=False)
+        lines = [
+            f"{c}\n  -> {self.tokenizer.decode(x, skip_special_tokens=True)}\n"
+            for c, x in zip(captions, ids, strict=True)
+        ]
+        write_text(path.with_suffix(".txt"), "\n".join(lines))
+
+
+def shot_captions(seed: int, step: int, count: int) -> list[str]:
+    """Captions of second and first shots of fresh movies; a function of (seed, step) alone."""
+    movies = [sample_movie(f"captions/{seed}/{step}/{i}", 2) for i in range(count)]
+    return [movie.captions()[i % 2] for i, movie in enumerate(movies)]
+
+
+def by_position(text: str) -> str:
+    """A caption rewritten from left to right; what it says of each character stays together."""
+    setup, looks = parse_caption(text)
+    actors = sorted(setup.actors, key=lambda a: POSITIONS[a.position])
+    told = [f"{a.position} {looks.get(a.tag, '')} {a.action} {a.tag}" for a in actors]
+    return " ".join([*told, setup.place, setup.size, setup.camera])
+
+
+def t5_encoder(model: T5ForConditionalGeneration) -> T5EncoderModel:
+    """The encoder half of a T5, as the Flux pipeline wants it."""
+    encoder = T5EncoderModel(T5Config.from_dict(model.config.to_dict() | {"is_encoder_decoder": False}))
+    own = encoder.state_dict()
+    encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
+    return encoder
 
 
 def small_clip(width: int = 128, layers: int = 2, heads: int = 4, image: int = 128, patch: int = 16) -> CLIPModel:
@@ -138,8 +210,6 @@ class ClipTask:
 
 def captioned_frames(seed: int, step: int, count: int) -> tuple[Float[Tensor, "count 3 h w"], list[str]]:
     """Fresh keyframes with captions that describe everybody; a function of (seed, step) alone."""
-    from cinema.toyworld.world import sample_movie
-
     captions = [sample_movie(f"frames/{seed}/{step}/{i}", 1).captions()[0] for i in range(count)]
     return frames_of_step(seed, step, count, TOY.keyframes.height), captions
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from einops import rearrange
 from jaxtyping import BFloat16, Bool, Float
 from PIL import Image
@@ -29,7 +30,7 @@ from cinema.toyworld.world import Movie, sample_movie
 from cinema.training.config import Stage
 from cinema.training.keyframes import _save_half
 from cinema.training.video_autoencoder import clip_frames
-from cinema.video import Animator, Window, encode_clips, global_caption, window_velocity
+from cinema.video import Animator, Window, encode_clips, global_caption, strides, window_velocity
 
 SHARD = 25  # movies per file
 
@@ -106,7 +107,7 @@ class VideoTask:
         keyframes: str,
         vae: str,
         cache: str,
-        movies: int = 600,
+        movies: int = 400,
         shots: int = 8,
         keyframed: float = 0.9,
         keyframe_sigma: float = 0.05,
@@ -117,7 +118,7 @@ class VideoTask:
         torch.manual_seed(seed)
         self.seed, self.keyframed, self.keyframe_sigma = seed, keyframed, keyframe_sigma
         self.caption_dropout, self.shift, self.settings = caption_dropout, shift, TOY.video
-        self.vae = AutoencoderKLLTXVideo.from_pretrained(vae).eval().requires_grad_(False)
+        self.vae = AutoencoderKLLTXVideo.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
         t5 = T5EncoderModel.from_pretrained(keyframes, subfolder="text_encoder_2", torch_dtype=torch.float32)
         self.t5 = t5.eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(keyframes, subfolder="tokenizer_2")
@@ -168,13 +169,16 @@ class VideoTask:
         moments = [round(i * (self.settings.frames - 1) / 4) for i in range(5)]
         rows = []
         for index, frames in animator.animate(movie.story(), keyframes):
-            truth = [render(movie, movie.shots[index], self.settings.height, i / (self.settings.frames - 1)) for i in moments]
+            truth = [
+                render(movie, movie.shots[index], self.settings.height, i / (self.settings.frames - 1)) for i in moments
+            ]
             rows += [truth, [frames[i] for i in moments]]
         path.parent.mkdir(parents=True, exist_ok=True)
         _sheet(rows).save(path)
 
     def _window(self, shots: int) -> Window:
-        return Window((self.settings.frames,) * shots, self.settings.height, self.settings.width, self.settings.fps)
+        settings = self.settings
+        return Window((settings.frames,) * shots, settings.height, settings.width, settings.fps, strides(self.vae))
 
     def _batch(
         self, rng: random.Random, stage: Stage

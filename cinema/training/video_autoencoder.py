@@ -1,11 +1,12 @@
 """The video autoencoder: a small `AutoencoderKLLTXVideo`, trained on clips of the toy world.
 
-It has LTX-Video's layout, 32 x 32 pixels and 8 frames to a latent of 128 channels. The first latent frame sees the
+Its latents have 64 channels, for 16 x 16 pixels of 4 frames: half of LTX-Video's strides, because toy frames are small
+and a first frame has to be its keyframe. The first latent frame sees the
 first picture only, and the decoder is causal too, so a shot's first frame depends on its keyframe's latent alone.
 Axes: `b` clips, `t` frames, `f` latent frames, `c` channels, `h w` pixels, `y x` latent grid.
 """
 
-import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, Setup, sample_movie
 from cinema.training.autoencoder import edge_error, flatten_kernels, plain_state, psnr, to_image, to_tensor
 from cinema.training.config import Stage
-
-STRIDE = 32  # pixels of a latent's side
 
 
 class VideoAutoencoderLearner(nn.Module):
@@ -45,7 +44,7 @@ class VideoAutoencoderTask:
     """Clips to latents and back: absolute and squared error, edges, a little KL.
 
     Args:
-        crop: pixels of the height of random 2:1 crops, a multiple of 32; the whole frame if None.
+        stills: first so many steps train on single frames, four for a clip: cheap, and the first frame comes first.
         first: extra weight of the first frame, which has to be its keyframe.
         motion: extra weight of pixels that differ from the first frame.
     """
@@ -56,7 +55,7 @@ class VideoAutoencoderTask:
         init: str | None,
         height: int = TOY.video.height,
         frames: int = TOY.video.frames,
-        crop: int | None = None,
+        stills: int = 0,
         kl: float = 1e-5,
         edges: float = 0.5,
         first: float = 4.0,
@@ -64,7 +63,7 @@ class VideoAutoencoderTask:
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.seed, self.height, self.frames, self.crop = seed, height, frames, crop
+        self.seed, self.height, self.frames, self.stills = seed, height, frames, stills
         self.kl, self.edges, self.first, self.motion = kl, edges, first, motion
         vae = AutoencoderKLLTXVideo.from_pretrained(init) if init else small_video_autoencoder(**shape)
         self.model = VideoAutoencoderLearner(vae)
@@ -73,7 +72,9 @@ class VideoAutoencoderTask:
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Error of reconstructing this step's clips from a sample of their latents."""
         device = next(model.parameters()).device
-        clips = self._crops(clips_of_step(self.seed, step, stage.batch, self.height, self.frames), step).to(device)
+        still = step < self.stills
+        count, frames = (4 * stage.batch, 1) if still else (stage.batch, self.frames)
+        clips = clips_of_step(self.seed, step, count, self.height, frames).to(device)
         decoded, mean, logvar = model(clips, torch.Generator(device).manual_seed(step))
         difference, weight = decoded - clips, self._weight(clips)
         pixel = (weight * (difference.abs() + 2 * difference.square())).mean() / weight.mean()
@@ -109,15 +110,6 @@ class VideoAutoencoderTask:
         path.parent.mkdir(parents=True, exist_ok=True)
         to_image(rearrange(shown, "two b c t h w -> c (b two h) (t w)")).save(path)
 
-    def _crops(self, clips: Float[Tensor, "b 3 t h w"], step: int) -> Float[Tensor, "b 3 t _h _w"]:
-        if self.crop is None:
-            return clips
-        rng, cut = random.Random(f"crops/{self.seed}/{step}"), []
-        for clip in clips:
-            top, left = rng.randint(0, self.height - self.crop), rng.randint(0, 2 * (self.height - self.crop))
-            cut.append(clip[:, :, top : top + self.crop, left : left + 2 * self.crop])
-        return torch.stack(cut)
-
     def _weight(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 1 t h w"]:
         moved = ((clips - clips[:, :, :1]).abs().amax(1, keepdim=True) > 0.1).float()
         weight = 1 + self.motion * moved
@@ -126,14 +118,14 @@ class VideoAutoencoderTask:
 
 
 def small_video_autoencoder(
-    channels: tuple[int, ...] = (32, 32, 64, 128),
-    layers: tuple[int, ...] = (1, 1, 1, 0),
-    decoder_channels: tuple[int, ...] = (32, 32, 128),
-    decoder_layers: tuple[int, ...] = (1, 1, 2, 0),
-    upsample_factor: tuple[int, ...] = (1, 1, 4),
-    latent_channels: int = 128,
+    channels: Sequence[int] = (32, 64, 64),
+    layers: Sequence[int] = (1, 1, 1),
+    decoder_channels: Sequence[int] = (32, 64),
+    decoder_layers: Sequence[int] = (1, 1, 1),
+    upsample_factor: Sequence[int] = (1, 2),
+    latent_channels: int = 64,
 ) -> AutoencoderKLLTXVideo:
-    """An `AutoencoderKLLTXVideo` with LTX-Video's strides (8 x 32 x 32) and few parameters.
+    """An `AutoencoderKLLTXVideo` with few parameters and half of LTX-Video's strides: 4 frames x 16 x 16 pixels.
 
     Built of LTX-Video 0.9.5's blocks, which move pixels into channels and back past every convolution. No noise is
     injected and the decoder knows no time. The posterior starts narrow.

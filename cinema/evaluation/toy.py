@@ -1,0 +1,214 @@
+"""Scores on the toy world: consistency is measured, since a reader recovers from pixels who is really there.
+
+A look is described at its character's first appearance only. There, what is described must be drawn
+(*attributes*); later the same look must come back from memory (*identity*). The control replaces the memory by
+another story's: whoever is still right without the right memory, is so by chance.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cinema.config import Preset
+from cinema.keyframes import KeyframePlanner
+from cinema.story import Story
+from cinema.toyworld.reader import read_clip, read_keyframe
+from cinema.toyworld.world import Look, parse_caption, sample_movie
+
+ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
+LOOK = ATTRIBUTES[:3]
+RESAMPLES = 2_000  # of the bootstrap
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Scores:
+    """Which of a story's claims its pictures keep.
+
+    Attributes:
+        attributes: name → right or wrong, for every first appearance.
+        identity: colour, shape and hat all right, for every later appearance.
+    """
+
+    attributes: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
+    identity: list[bool] = field(default_factory=list)
+
+    @property
+    def first(self) -> list[bool]:
+        """All attributes of all first appearances."""
+        return [right for name in ATTRIBUTES for right in self.attributes[name]]
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """How a shot moves.
+
+    Attributes:
+        actions: for every character of the caption, whether its action is the captioned one.
+        camera: whether the camera's move is.
+        psnr: of the first frame against the keyframe, in dB, at most 100; None without a keyframe.
+    """
+
+    actions: list[bool]
+    camera: bool
+    psnr: float | None
+
+
+def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None]) -> Scores:
+    """Score a story's keyframes against its captions, which say all that there is to know.
+
+    Args:
+        captions: the story's, in order, in the shot list's language.
+        images: one per caption, of any size; None leaves a shot out.
+
+    Raises:
+        ValueError: a caption is not in that language, or there is not one image per caption.
+    """
+    scores, looks = Scores(), dict[str, Look]()
+    for caption, image in zip(captions, images, strict=True):
+        setup, described = parse_caption(caption)
+        looks |= described
+        if image is None:
+            continue
+        seen = read_keyframe(image, setup)
+        for actor in setup.actors:
+            found, look = seen.actor(actor.tag), looks.get(actor.tag)
+            right = {
+                name: found is not None and getattr(found.look, name) == getattr(look, name, None) for name in LOOK
+            }
+            if actor.tag not in described:
+                scores.identity.append(all(right.values()))
+                continue
+            right |= {"set": seen.place == setup.place, "position": found is not None, "size": seen.size == setup.size}
+            for name in ATTRIBUTES:
+                scores.attributes[name].append(right[name])
+    return scores
+
+
+def score_clip(frames: Sequence[Image.Image], caption: str, keyframe: Image.Image | None = None) -> ClipScores:
+    """Score a shot's motion against its caption; who is seen in the first frame is the one who should act.
+
+    Args:
+        frames: the whole shot, at least 5 frames.
+        caption: in the shot list's language.
+        keyframe: what the shot should begin with, as large as the frames.
+
+    Raises:
+        ValueError: too few frames, another caption language, or a keyframe of another size.
+    """
+    setup, _ = parse_caption(caption)
+    seen = read_keyframe(frames[0], setup)
+    cast = {actor.tag: found.look for actor in setup.actors if (found := seen.actor(actor.tag))}
+    clip = read_clip(frames, setup, cast)
+    right = [clip.actions.get(actor.tag) == actor.action for actor in setup.actors]
+    return ClipScores(right, clip.camera == setup.camera, None if keyframe is None else psnr(frames[0], keyframe))
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB, 100 if they are equal; ValueError if their sizes differ."""
+    if a.size != b.size:
+        raise ValueError(f"pictures of {a.size} and {b.size} pixels cannot be compared")
+    x, y = (np.asarray(image.convert("RGB"), np.float64) / 255 for image in (a, b))
+    return float(min(100.0, -10 * np.log10(max(1e-10, np.square(x - y).mean()))))
+
+
+def evaluate_stories(
+    preset: Preset, stories: int, shots: int, seed: int = 0, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Plan held-out stories and score them; and each story's last shot again, after another story's keyframes.
+
+    Args:
+        stories: how many; below 2 there is no other story, and no control.
+        shots: shots a story; in one shot nobody can come back.
+        seed: of the stories and of their pictures.
+        on_progress: told (keyframes drawn, of how many, message).
+
+    Returns:
+        Shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of characters who
+        come back in the last shot), `wrong_context_identity` (of the same, by the control), with 95 % bootstrap
+        intervals over stories in `ci95` and numbers of judgements in `counts`. None where nothing was judged.
+
+    Raises:
+        UserError: the preset's weights cannot be loaded.
+    """
+    planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
+    told = [sample_movie(f"heldout/{seed}/{i}", shots).story() for i in range(stories)]
+    done, total = 0, stories * shots + (stories if stories > 1 else 0)
+
+    def draw(story: Story, known: dict[int, Image.Image], what: str) -> list[Image.Image]:
+        nonlocal done
+        images = []
+        for keyframe in planner.iterate(story, seed, None, known):
+            images.append(keyframe.image)
+            done += keyframe.index not in known
+            if on_progress:
+                on_progress(done, total, what)
+        return images
+
+    drawn = [draw(story, {}, f"story {i + 1} of {stories}") for i, story in enumerate(told)]
+    scores = [score_keyframes(_captions(s), images) for s, images in zip(told, drawn, strict=True)]
+    last = [_last(s, images[-1]) for s, images in zip(told, drawn, strict=True)]
+    wrong = []
+    for i in range(stories if stories > 1 else 0):
+        known = dict(enumerate(drawn[i - 1][:-1]))
+        images = draw(other_context(told[i], told[i - 1]), known, f"control {i + 1} of {stories}")
+        wrong.append(_last(told[i], images[-1]))
+    return {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name} | _summary(scores, last, wrong)
+
+
+def other_context(story: Story, other: Story) -> Story:
+    """The last shot of a story after all but the last of another's, as if that were what happened before."""
+    cast = {c.tag: c for c in [*other.cast, *story.cast]}
+    sets = {p.name: p for p in [*other.sets, *story.sets]}
+    return Story(
+        title=story.title, cast=[*cast.values()], sets=[*sets.values()], shots=[*other.shots[:-1], story.shots[-1]]
+    )
+
+
+def _captions(story: Story) -> list[str]:
+    return [shot.caption for shot in story.shots]
+
+
+def _last(story: Story, image: Image.Image) -> list[bool]:
+    """Identity of those who come back in the last shot, if this is its picture."""
+    return score_keyframes(_captions(story), [*[None] * (len(story.shots) - 1), image]).identity
+
+
+def _summary(scores: list[Scores], last: list[list[bool]], wrong: list[list[bool]]) -> dict[str, Any]:
+    judged = {
+        "attributes": [s.first for s in scores],
+        "identity": [s.identity for s in scores],
+        "last_identity": last,
+        "wrong_context_identity": wrong,
+    }
+    by_attribute = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
+    return {
+        **{name: _share(rows) for name, rows in judged.items()},
+        "by_attribute": by_attribute,
+        "ci95": {name: bootstrap(rows) for name, rows in judged.items()},
+        "counts": {name: sum(map(len, rows)) for name, rows in judged.items()},
+    }
+
+
+def _share(rows: list[list[bool]]) -> float | None:
+    flat = list(chain.from_iterable(rows))
+    return sum(flat) / len(flat) if flat else None
+
+
+def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | None:
+    """95 % interval of the share of True, by drawing whole rows (stories) anew; None if nothing was judged.
+
+    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): judgements of one story depend on each other,
+    so stories are drawn, not judgements.
+    """
+    right, count = np.array([[sum(row), len(row)] for row in rows if len(row)], float).reshape(-1, 2).T
+    if not len(right):
+        return None
+    draws = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
+    low, high = np.quantile(right[draws].sum(1) / count[draws].sum(1), [0.025, 0.975])
+    return [float(low), float(high)]

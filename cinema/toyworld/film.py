@@ -1,0 +1,236 @@
+"""Shooting toy films: real H.264 files with hard cuts or with everything that makes cutting hard, and the exact truth.
+
+Beside ``a.mp4`` lies ``a.json``: the story, and for every shot its frames, caption, looks and boxes.
+"""
+
+import glob
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cinema.errors import UserError
+from cinema.files import write_json
+from cinema.media import FilmWriter
+from cinema.toyworld.draw import render
+from cinema.toyworld.reader import cut_out
+from cinema.toyworld.world import FPS, FRAMES, Actor, Look, Movie, Setup, sample_movie
+
+OVERLAP = 4  # frames of a dissolve, and of each half of a fade
+BLACK = 3  # black frames in the middle of a fade, and around title cards
+TRANSITIONS = ("cut", "dissolve", "fade")
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Frames that follow each other: a shot (its number), or a card or black (-1); how it is joined to the last."""
+
+    frames: list[Image.Image]
+    shot: int
+    transition: str
+
+
+def draw_clip(movie: Movie, setup: Setup, height: int = 128, frames: int = FRAMES) -> list[Image.Image]:
+    """All frames of a shot, evenly spaced in time from 0 to 1; the first is its keyframe."""
+    return [render(movie, setup, height, k / max(1, frames - 1)) for k in range(frames)]
+
+
+def write_film(
+    movie: Movie,
+    path: Path,
+    *,
+    height: int = 128,
+    fps: int = FPS,
+    frames: int = FRAMES,
+    transitions: bool = False,
+    letterbox: int = 0,
+    titles: bool = False,
+    crf: int = 18,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Write a movie as MP4, and its ground truth beside it; both appear whole or not at all, the truth last.
+
+    Args:
+        path: ends in ``.mp4``.
+        height: pixels of the picture, even; it is twice as wide.
+        frames: frames of every shot.
+        transitions: join shots by hard cuts, dissolves and fades through black, by chance; else by hard cuts alone.
+        letterbox: height of the black bar above, and of the one below, in pixels.
+        titles: begin and end with a title card, each framed by black.
+        crf: x264's rate factor, see `FilmWriter`.
+        on_progress: told (shots written, of how many, message).
+
+    Returns:
+        The path of the ground truth. Its frame numbers count from 0, ends are exclusive. A dissolve is cut where
+        the new shot outweighs the old one, a fade where black ends; `cuts` has the end of each card, too. Boxes
+        are [left, top, right, bottom] in pixels of the film, in the shot's first frame as drawn.
+
+    Raises:
+        UserError: an odd height, shots too short for their transitions, or a path that is no MP4.
+    """
+    settings = {"height": height, "fps": fps, "frames": frames, "transitions": transitions}
+    settings |= {"letterbox": letterbox, "titles": titles, "crf": crf}
+    if transitions and frames < 2 * OVERLAP + 1:
+        raise UserError(f"{path}: transitions need shots of at least {2 * OVERLAP + 1} frames, not {frames}")
+    if height < 16 or letterbox < 0 or frames < 1:
+        raise UserError(
+            f"{path}: a picture of {height} pixels, bars of {letterbox}, {frames} frames: too small to draw"
+        )
+    sidecar, size = path.with_suffix(".json"), (2 * height, height + 2 * letterbox)
+    sidecar.unlink(missing_ok=True)  # it must never describe another film
+    spans: list[tuple[int, int, int, str]] = []
+    with FilmWriter(path, *size, fps, crf) as writer:
+        for images, shot, transition in _joined(_pieces(movie, height, frames, transitions, titles)):
+            start = writer.frames
+            for image in images:
+                writer.add(_boxed(image, size, letterbox))
+            spans.append((start, writer.frames, shot, transition))
+            if on_progress and shot >= 0:
+                on_progress(shot + 1, len(movie.shots), path.name)
+    truth = _truth(movie, _merged(spans), height, letterbox)
+    truth |= {"bars": [letterbox, letterbox], "fps": fps, "height": size[1], "width": size[0], "settings": settings}
+    write_json(sidecar, truth)
+    return sidecar
+
+
+def write_films(
+    count: int,
+    seed: int,
+    out: Path,
+    on_progress: Progress | None = None,
+    *,
+    shots: int = 8,
+    **options: Any,
+) -> list[Path]:
+    """Write films of random movies into a folder; those that are there already are kept as they are.
+
+    Args:
+        count: how many films, ``film-<seed>-00000.mp4`` and so on.
+        seed: another seed, other films.
+        on_progress: told (films done, of how many, message).
+        shots: shots of each film.
+        options: as for `write_film`.
+    """
+    films = []
+    for i in range(count):
+        movie, path = sample_movie(f"film/{seed}/{i}", shots), out / f"film-{seed}-{i:05d}.mp4"
+        for stale in out.glob(f".{glob.escape(path.stem)}.part*"):  # of a run that was killed while writing
+            stale.unlink()
+        if not _is_finished(movie, path, options):
+            write_film(movie, path, **options)
+        films.append(path)
+        if on_progress:
+            on_progress(i + 1, count, path.name)
+    return films
+
+
+def _is_finished(movie: Movie, path: Path, options: dict[str, Any]) -> bool:
+    """Whether this film is there, made with these settings, as far as its ground truth tells."""
+    wanted = {name: p.default for name, p in signature(write_film).parameters.items()} | options
+    try:
+        truth = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        same = all(wanted[name] == value for name, value in truth["settings"].items())
+        return same and truth["story"] == movie.story().model_dump() and path.is_file()
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return False
+
+
+# --- time -------------------------------------------------------------------------------------------------------
+
+
+def _pieces(movie: Movie, height: int, frames: int, transitions: bool, titles: bool) -> Iterator[_Piece]:
+    rng = random.Random(f"transitions/{movie.title}")
+    if titles:
+        yield from _titled(movie.title, height)
+    for i, setup in enumerate(movie.shots):
+        transition = rng.choice(TRANSITIONS) if transitions and i else "cut"
+        yield _Piece(draw_clip(movie, setup, height, frames), i, transition)
+    if titles:
+        yield from _titled("The end", height)
+
+
+def _titled(text: str, height: int) -> list[_Piece]:
+    """A title card between black frames."""
+    black = Image.new("RGB", (2 * height, height))
+    return [_Piece([image] * n, -1, "cut") for image, n in ((black, BLACK), (_card(text, height), FPS), (black, BLACK))]
+
+
+def _joined(pieces: Iterator[_Piece]) -> Iterator[tuple[list[Image.Image], int, str]]:
+    """Lists of frames to write, each with the shot it belongs to; one piece is held back, to be joined to the next."""
+    held = next(pieces)
+    for piece in pieces:
+        if piece.transition == "cut":
+            yield held.frames, held.shot, held.transition
+            held = piece
+            continue
+        old, new = held.frames[-OVERLAP:], piece.frames[:OVERLAP]
+        share = [(k + 1) / (OVERLAP + 1) for k in range(OVERLAP)]
+        yield held.frames[:-OVERLAP], held.shot, held.transition
+        if piece.transition == "dissolve":
+            mixed = [Image.blend(a, b, s) for a, b, s in zip(old, new, share, strict=True)]
+            yield mixed[: OVERLAP // 2], held.shot, held.transition
+            head = mixed[OVERLAP // 2 :]
+        else:
+            black = Image.new("RGB", new[0].size)
+            yield [Image.blend(a, black, s) for a, s in zip(old, share, strict=True)], held.shot, held.transition
+            yield [black] * BLACK, -1, "cut"
+            head = [Image.blend(black, b, s) for b, s in zip(new, share, strict=True)]
+        held = replace(piece, frames=head + piece.frames[OVERLAP:])
+    yield held.frames, held.shot, held.transition
+
+
+def _merged(spans: list[tuple[int, int, int, str]]) -> list[tuple[int, int, int, str]]:
+    """Neighbouring (start, end, shot, transition) of one shot as one."""
+    merged: list[tuple[int, int, int, str]] = []
+    for start, end, shot, transition in spans:
+        if merged and merged[-1][2] == shot >= 0:
+            start, transition = merged[-1][0], merged.pop()[3]
+        merged.append((start, end, shot, transition))
+    return merged
+
+
+# --- pictures and truth -----------------------------------------------------------------------------------------
+
+
+def _card(text: str, height: int) -> Image.Image:
+    image = Image.new("RGB", (2 * height, height), (24, 20, 34))
+    font = ImageFont.load_default(min(height / 8, 3.2 * height / max(1, len(text))))
+    ImageDraw.Draw(image).text((height, height / 2), text, (240, 232, 214), font, anchor="mm")
+    return image
+
+
+def _boxed(image: Image.Image, size: tuple[int, int], letterbox: int) -> Image.Image:
+    if not letterbox:
+        return image
+    framed = Image.new("RGB", size)
+    framed.paste(image, (0, letterbox))
+    return framed
+
+
+def _truth(movie: Movie, spans: list[tuple[int, int, int, str]], height: int, letterbox: int) -> dict[str, Any]:
+    captions, shots = movie.captions(), []
+    for start, end, shot, transition in spans:
+        if shot < 0:
+            continue
+        setup = movie.shots[shot]
+        facts = {"start_frame": start, "end_frame": end, "caption": captions[shot], "transition": transition}
+        facts["looks"] = {a.tag: vars(movie.cast[a.tag]) for a in setup.actors}
+        facts["actors"] = [
+            vars(a) | {"box": _box(movie.cast[a.tag], setup, a, height, letterbox)} for a in setup.actors
+        ]
+        shots.append({**facts, "place": setup.place, "size": setup.size, "camera": setup.camera})
+    cuts = [start for start, *_ in spans if start]
+    return {"story": movie.story().model_dump(), "shots": shots, "cuts": cuts}
+
+
+def _box(look: Look, setup: Setup, actor: Actor, height: int, letterbox: int) -> list[int]:
+    """Where a character is in the first frame, without its shadow."""
+    rows, columns = (np.flatnonzero((cut_out(look, setup, actor, height=height)[1] > 0.5).any(k)) for k in (1, 0))
+    return [int(columns[0]), int(rows[0]) + letterbox, int(columns[-1]) + 1, int(rows[-1]) + 1 + letterbox]

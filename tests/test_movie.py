@@ -1,0 +1,198 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_video
+from PIL import Image
+
+import cinema.movie
+from cinema.config import Preset
+from cinema.errors import UserError
+from cinema.media import read_frames
+from cinema.movie import animate_storyboard, make_movie, plan_storyboard, weights_identity
+from cinema.story import Character, Shot, Story, load_story, save_story
+
+CAPTIONS = ["wide shot, forest. <ada> left, jumping.", "close shot, city. <bo> right, jumping.", "wide shot, city."]
+
+KILLED_AT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[4])
+import tiny_video
+from pathlib import Path
+from cinema.movie import make_movie
+from cinema.story import load_story
+
+def kill(done, total, message):
+    if message.startswith(sys.argv[5]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder = Path(sys.argv[1])
+keyframes, video = (Path(os.environ[f"CINEMA_{name}_WEIGHTS"]) for name in ("KEYFRAME", "VIDEO"))
+make_movie(load_story(sys.argv[2]), Path(sys.argv[3]), tiny_video.preset(keyframes, video), 5, on_progress=kill)
+"""
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    folder = tmp_path_factory.mktemp("weights")
+    return tiny_video.preset(tiny.pipeline_folder(folder / "keyframes"), tiny_video.pipeline_folder(folder / "video"))
+
+
+def story(captions: list[str] = CAPTIONS) -> Story:
+    cast = [Character(tag="<ada>", description="red round, crown"), Character(tag="<bo>", description="blue tall, bow")]
+    return Story(title="a test", cast=cast, shots=[Shot(caption=c) for c in captions])
+
+
+@pytest.fixture(scope="module")
+def film(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_movie(story(), tmp_path_factory.mktemp("film") / "film.mp4", preset, seed=5).film
+
+
+def test_a_film_has_its_shots_and_its_papers(film: Path) -> None:
+    frames = read_frames(film)
+    assert len(frames) == 27 and frames[0].size == (128, 64)
+    manifest = json.loads(film.with_suffix(".json").read_text())
+    assert [s["start_frame"] for s in manifest["shots"]] == [0, 9, 18] and manifest["film"]["frames"] == 27
+    assert [k["remembered"] for k in manifest["keyframes"]] == [[], [[0, 4]], [[0, 2], [1, 4]]]
+    assert manifest["preset"]["video"]["steps"] == 2 and manifest["seed"] == 5
+    assert len(manifest["weights"]["keyframes"]) == len(manifest["weights"]["video"]) == 64
+    assert Story.model_validate(manifest["script"]).shots[1].caption == CAPTIONS[1]
+    with Image.open(film.with_suffix(".storyboard.png")) as picture:
+        assert picture.width > 3 * 128
+    assert not list(film.parent.rglob(".*part*"))
+
+
+def test_killed_twice_it_ends_with_the_same_film(film: Path, preset: Preset, tmp_path: Path) -> None:
+    """kill -9 while the second keyframe is drawn, then while the second window of shots is."""
+    save_story(story(), tmp_path / "story.yaml")
+    told = load_story(tmp_path / "story.yaml")
+    for shot in told.shots:
+        shot.model_fields_set.discard("duration")
+    script = tmp_path / "story.json"
+    script.write_text(json.dumps(story().model_dump(exclude_unset=True)))
+    out, tests = tmp_path / "again.mp4", str(Path(__file__).parent)
+    weights = {"CINEMA_KEYFRAME_WEIGHTS": preset.keyframes.weights, "CINEMA_VIDEO_WEIGHTS": preset.video.weights}
+    for message, keyframes, shots in (("keyframe 2", 1, 0), ("shots 3", 3, 2)):
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            KILLED_AT,
+            str(tmp_path),
+            str(script),
+            str(out),
+            tests,
+            message,
+        ]
+        ran = subprocess.run(command, env=os.environ | weights, capture_output=True, check=False)
+        assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+        assert len(list(tmp_path.rglob("0*.png"))) == keyframes and len(list(tmp_path.rglob("0*.tiff"))) == shots
+        assert not out.exists()
+    result = make_movie(story(), out, preset, seed=5)
+    assert result.film.read_bytes() == film.read_bytes()
+    papers = [json.loads(f.with_suffix(".json").read_text()) for f in (film, out)]
+    for paper in papers:
+        assert paper["film"].pop("file")
+    assert papers[0] == papers[1]
+
+
+def test_a_finished_film_is_not_made_again(film: Path, preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = film.read_bytes()
+    for maker in (cinema.movie.KeyframePlanner, cinema.movie.Animator):
+        monkeypatch.setattr(maker, "from_preset", lambda *_: pytest.fail("nothing is left to do"))
+    film.unlink()
+    assert make_movie(story(), film, preset, seed=5).film.read_bytes() == before
+
+
+@pytest.mark.parametrize("other", ["seed", "story", "settings", "weights"])
+def test_work_of_another_film_is_refused(other: str, film: Path, preset: Preset, tmp_path: Path) -> None:
+    told, seed = story(CAPTIONS[:2]) if other == "story" else story(), 6 if other == "seed" else 5
+    if other == "settings":
+        preset = replace(preset, keyframes=replace(preset.keyframes, steps=3))
+    if other == "weights":
+        preset = replace(preset, keyframes=replace(preset.keyframes, weights=str(tmp_path)))
+    with pytest.raises(UserError, match=f"work of another film .*{other}.* differ"):
+        make_movie(told, film, preset, seed)
+
+
+def test_plan_then_animate_is_the_same_film(film: Path, preset: Preset, tmp_path: Path) -> None:
+    board = plan_storyboard(story(), tmp_path / "board", preset, seed=5)
+    assert [p.name for p in board.keyframes] == ["000.png", "001.png", "002.png"] and board.picture.is_file()
+    told = load_story(board.folder / "story.yaml")
+    assert told.shots[2].keyframe == "keyframes/002.png" and told.shots[0].duration == 9 / 8
+    assert json.loads(board.manifest.read_text())["keyframes"][2]["caption"] == CAPTIONS[2]
+    result = animate_storyboard(board.folder, tmp_path / "film.mp4", preset, seed=5)
+    assert result.film.read_bytes() == film.read_bytes()
+
+
+def test_a_keyframe_drawn_by_hand_is_animated(preset: Preset, tmp_path: Path) -> None:
+    Image.new("RGB", (256, 128), "red").save(tmp_path / "mine.png")
+    save_story(Story(title="mine", shots=[Shot(caption="a red wall", keyframe="mine.png")]), tmp_path / "story.yaml")
+    result = animate_storyboard(tmp_path, tmp_path / "film.mp4", preset)
+    assert (
+        len(read_frames(result.film)) == 17
+        and "remembered" not in json.loads(result.manifest.read_text())["keyframes"][0]
+    )
+
+
+def test_bad_storyboards_are_one_sentence(preset: Preset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no storyboard; make one with `cinema plan`"):
+        animate_storyboard(tmp_path, tmp_path / "film.mp4", preset)
+    save_story(Story(title="x", shots=[Shot(caption="y")]), tmp_path / "story.yaml")
+    with pytest.raises(UserError, match="shot 0 names no keyframe"):
+        animate_storyboard(tmp_path, tmp_path / "film.mp4", preset)
+    save_story(Story(title="x", shots=[Shot(caption="y", keyframe="gone.png")]), tmp_path / "story.yaml")
+    with pytest.raises(UserError, match=r"gone\.png: this keyframe is missing"):
+        animate_storyboard(tmp_path, tmp_path / "film.mp4", preset)
+
+
+def test_a_story_beside_is_not_overwritten(preset: Preset, tmp_path: Path) -> None:
+    (tmp_path / "story.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"already has story\.yaml"):
+        plan_storyboard(story(), tmp_path, preset)
+    assert (tmp_path / "story.yaml").read_text() == "mine"
+
+
+def test_bad_places_are_one_sentence(preset: Preset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ends in \.mp4"):
+        make_movie(story(), tmp_path / "film.avi", preset)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        make_movie(story(), tmp_path / "file" / "film.mp4", preset)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        make_movie(story(), tmp_path / "folder.mp4", preset)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_a_full_disk_is_one_sentence_and_finished_shots_stay(
+    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cinema.movie, "_join", full)
+        with pytest.raises(UserError, match="make room and run it again"):
+            make_movie(story(), tmp_path / "film.mp4", preset, seed=5)
+    assert len(list(tmp_path.rglob("*.tiff"))) == 3 and not (tmp_path / "film.mp4").exists()
+
+
+def test_weights_are_told_apart_by_what_they_are(preset: Preset, tmp_path: Path) -> None:
+    video = Path(preset.video.weights)
+    assert weights_identity(str(video)) != weights_identity(preset.keyframes.weights)
+    assert weights_identity("Lightricks/LTX-Video") == "Lightricks/LTX-Video"
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for path in video.rglob("*.safetensors"):
+        target = copy / path.relative_to(video)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    assert weights_identity(str(copy)) == weights_identity(str(video))

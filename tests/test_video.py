@@ -1,0 +1,209 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_video
+import torch
+from diffusers import LTXConditionPipeline
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from cinema.errors import UserError
+from cinema.keyframes import to_tensor
+from cinema.story import Character, Shot, Story
+from cinema.video import Animator, Window, decode_clips, encode_clips, global_caption, shot_frames, window_velocity
+
+CAPTIONS = ["wide shot, forest. <ada> left, jumping.", "close shot, city. <bo> right, jumping.", "wide shot, city."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_video.pipeline_folder(tmp_path_factory.mktemp("video"))
+
+
+@pytest.fixture
+def animator(folder: Path) -> Animator:
+    return Animator.from_preset(tiny_video.preset(folder, folder))
+
+
+def story(captions: list[str] = CAPTIONS, **shot: object) -> Story:
+    cast = [Character(tag="<ada>", description="red round, crown"), Character(tag="<bo>", description="blue tall, bow")]
+    return Story(title="a test", cast=cast, shots=[Shot(caption=c, **shot) for c in captions])
+
+
+def pictures(count: int = 3) -> list[Image.Image]:
+    return [Image.linear_gradient("L").resize((128, 64)).convert("RGB").rotate(40 * i) for i in range(count)]
+
+
+def inputs(window: Window, captions: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g, size = torch.Generator().manual_seed(seed), sum(window.sizes)
+    tokens, states = torch.randn(1, size, 8, generator=g), torch.randn(1, captions, 5, tiny.TEXT, generator=g)
+    words = torch.ones(1, captions, 5, dtype=torch.bool)
+    words[:, :, 4:] = False
+    return tokens, torch.rand(1, size, generator=g), states, words
+
+
+def bytes_of(shots: list[tuple[int, list[Image.Image]]]) -> dict[int, list[bytes]]:
+    return {i: [frame.tobytes() for frame in frames] for i, frames in shots}
+
+
+def test_a_window_of_one_shot_is_the_stock_model() -> None:
+    """Coordinates computed by the stock pipeline, captions one after another with a stock 2-D mask."""
+    model, window = tiny_video.transformer(), Window((17,), 64, 128, 8)
+    tokens, sigma, states, words = inputs(window, 2)
+    ids = LTXConditionPipeline._prepare_video_ids(1, 3, 2, 4)
+    coordinates = LTXConditionPipeline._scale_video_ids(ids).float()
+    coordinates[:, 0] /= 8
+    with torch.no_grad():
+        ours = window_velocity(model, tokens, sigma, states, words, window)
+        stock = model(
+            hidden_states=tokens,
+            encoder_hidden_states=states.flatten(1, 2),
+            timestep=sigma * 1000,
+            encoder_attention_mask=words.flatten(1).float(),
+            video_coords=coordinates,
+            return_dict=False,
+        )[0]
+    assert torch.equal(ours, stock)
+
+
+class IntraShot(LTXVideoAttnProcessor):
+    """Self-attention inside shots only: then captions are the only way from shot to shot."""
+
+    def __init__(self, shot: Tensor) -> None:
+        super().__init__()
+        self.mask = torch.where(shot[:, None] == shot, 0.0, -1e9)[None]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        mask = self.mask if encoder_hidden_states is None else attention_mask
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_caption_reaches_its_own_shot_and_others_only_through_attention(alone: bool) -> None:
+    model, window = tiny_video.transformer(), Window((9, 17, 9), 64, 64, 8)
+    if alone:
+        model.set_attn_processor(IntraShot(window.shot))
+    tokens, sigma, states, words = inputs(window, 4)
+    other = states.clone()
+    other[:, 2] += 1  # the second shot's caption
+    with torch.no_grad():
+        change = window_velocity(model, tokens, sigma, states, words, window)
+        change = change - window_velocity(model, tokens, sigma, other, words, window)
+    moved = [part.abs().max().item() for part in change.split(window.sizes, dim=1)]
+    assert moved[1] > 1e-4
+    assert (moved[0] == moved[2] == 0) if alone else min(moved) > 1e-6
+
+
+def test_the_global_caption_reaches_every_shot_and_padding_none() -> None:
+    window = Window((9, 9), 64, 64, 8)
+    words = torch.tensor([[[True, False], [True, False], [True, True]]])
+    bias = window.caption_bias(words)[0]
+    first, second = bias.split(window.sizes)
+    assert (first == torch.tensor([0, -10_000, 0, -10_000, -10_000, -10_000])).all()
+    assert (second == torch.tensor([0, -10_000, -10_000, -10_000, 0, 0])).all()
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_shots_have_their_own_range_of_time(latents: list[int]) -> None:
+    window = Window(tuple(8 * n + 1 for n in latents), 64, 96, 8)
+    time = [part[0] for part in window.coordinates.split(window.sizes, dim=1)]
+    assert all(a.max() < b.min() for a, b in pairwise(time))
+    assert all(
+        torch.isclose(part.max() - part.min(), torch.tensor(n - 0.875)) for part, n in zip(time, latents, strict=True)
+    )
+    assert window.first.sum() == 6 * len(latents) and len(window.shot) == window.coordinates.shape[1]
+
+
+@pytest.mark.parametrize(("frames", "height"), [((), 64), ((8,), 64), ((9,), 48)])
+def test_windows_that_latents_cannot_have(frames: tuple[int, ...], height: int) -> None:
+    with pytest.raises(ValueError, match="frames"):
+        Window(frames, height, 64, 8)
+
+
+def test_first_frame_is_the_keyframe_as_the_vae_gives_it_back(animator: Animator) -> None:
+    """Decoded alone or with the rest of its shot: the encoder and the decoder are causal."""
+    keyframes = pictures()
+    for index, frames in animator.animate(story(), keyframes):
+        alone = decode_clips(animator.vae, encode_clips(animator.vae, to_tensor(keyframes[index])[:, :, None]), (2, 4))
+        assert (alone[0, :, 0] - to_tensor(frames[0])[0]).abs().max() < 1.01 / 127.5 + (alone.abs().max() - 1).clamp(
+            min=0
+        )
+        assert len(frames) == 9 and frames[0].size == (128, 64)
+
+
+def test_the_autoencoder_is_causal_and_normalises() -> None:
+    vae, g = tiny_video.vae(), torch.Generator().manual_seed(0)
+    clip = torch.randn(1, 3, 17, 64, 64, generator=g)
+    tokens = encode_clips(vae, clip)
+    assert torch.allclose(tokens[:, :4], encode_clips(vae, clip[:, :, :1]), atol=1e-5)
+    raw = vae.encode(clip).latent_dist.mode().flatten(2).transpose(1, 2)
+    assert torch.allclose(tokens * vae.latents_std + vae.latents_mean, raw, atol=1e-5)
+    assert torch.allclose(
+        decode_clips(vae, tokens, (2, 2))[:, :, :1], decode_clips(vae, tokens[:, :4], (2, 2)), atol=1e-5
+    )
+
+
+def test_same_seed_same_film_and_shots_rendered_again_are_the_same(animator: Animator) -> None:
+    keyframes = pictures()
+    film = bytes_of(list(animator.animate(story(), keyframes, seed=3)))
+    assert film == bytes_of(list(animator.animate(story(), keyframes, seed=3)))
+    again = bytes_of(list(animator.animate(story(), keyframes, seed=3, known={0, 2})))
+    assert again == {1: film[1]}
+    assert all(film[i] != frames for i, frames in bytes_of(list(animator.animate(story(), keyframes, seed=4))).items())
+
+
+def test_every_keyframe_conditions_every_shot_of_its_window(animator: Animator) -> None:
+    keyframes = pictures()
+    film = bytes_of(list(animator.animate(story(), keyframes)))
+    other = bytes_of(list(animator.animate(story(), [keyframes[0], Image.new("RGB", (128, 64), "red"), keyframes[2]])))
+    assert film[0] != other[0] and film[0][0] == other[0][0]  # another window-mate's keyframe; its own first frame
+    assert film[2] == other[2]  # the next window
+
+
+def test_guidance_one_is_none_and_two_is_more(folder: Path) -> None:
+    films = []
+    for guidance in (1.0, 2.0):
+        animator = Animator.from_preset(tiny_video.preset(folder, folder, guidance=guidance))
+        films.append(bytes_of(list(animator.animate(story(), pictures()))))
+    assert films[0][0] != films[1][0] and films[0][0][0] == films[1][0][0]
+
+
+def test_progress_counts_denoising_steps(animator: Animator) -> None:
+    told: list[tuple[int, int, str]] = []
+    list(animator.animate(story(), pictures(), on_progress=lambda *x: told.append(x)))
+    assert [t[:2] for t in told] == [(1, 4), (2, 4), (3, 4), (4, 4)] and told[-1][2] == "shots 3 to 3 of 3"
+
+
+@pytest.mark.parametrize(("seconds", "frames"), [(2.125, 17), (1.0, 9), (3.0, 25), (2.6, 17), (0.7, 9)])
+def test_durations_become_frames(animator: Animator, seconds: float, frames: int) -> None:
+    assert shot_frames(story(duration=seconds).shots[0], animator.settings) == frames
+    assert shot_frames(story().shots[0], animator.settings) == animator.settings.frames
+
+
+def test_the_global_caption_tells_the_looks_of_who_is_named() -> None:
+    told = story()
+    assert global_caption(told, told.shots[:2]) == "<ada>: red round, crown. <bo>: blue tall, bow."
+    assert global_caption(told, told.shots[2:]) == ""
+
+
+def test_bad_input_is_one_sentence(animator: Animator, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 keyframes for 3 shots"):
+        list(animator.animate(story(), pictures(2)))
+    with pytest.raises(UserError, match="aspect"):
+        list(animator.animate(story(), [Image.new("RGB", (64, 64))] * 3))
+    with pytest.raises(UserError, match="at least"):
+        list(animator.animate(story(duration=0.2), pictures()))
+    with pytest.raises(UserError, match=r"no LTX pipeline is there"):
+        Animator.from_preset(tiny_video.preset(folder, tmp_path))
+    with pytest.raises(UserError, match="multiples of 32"):
+        Animator.from_preset(tiny_video.preset(folder, folder, height=60))
+
+
+def test_a_caption_that_is_too_long_warns(animator: Animator) -> None:
+    with pytest.warns(UserWarning, match="tokens and only 10 are read"):
+        animator.encode_text(["wide shot, forest. " * 10])
