@@ -22,19 +22,18 @@ CAPTIONS = ["wide shot, forest. <ada> left, jumping.", "close shot, city. <bo> r
 
 KILLED_AT = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[4])
+sys.path.insert(0, sys.argv[3])
 import tiny_video
 from pathlib import Path
 from cinema.movie import make_movie
 from cinema.story import load_story
 
 def kill(done, total, message):
-    if message.startswith(sys.argv[5]):
+    if message.startswith(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-folder = Path(sys.argv[1])
-keyframes, video = (Path(os.environ[f"CINEMA_{name}_WEIGHTS"]) for name in ("KEYFRAME", "VIDEO"))
-make_movie(load_story(sys.argv[2]), Path(sys.argv[3]), tiny_video.preset(keyframes, video), 5, on_progress=kill)
+preset = tiny_video.preset(*(Path(os.environ[f"CINEMA_{name}_WEIGHTS"]) for name in ("KEYFRAME", "VIDEO")))
+make_movie(load_story(sys.argv[1]), Path(sys.argv[2]), preset, 5, on_progress=kill)
 """
 
 
@@ -70,12 +69,8 @@ def test_a_film_has_its_shots_and_its_papers(film: Path) -> None:
 
 def test_killed_twice_it_ends_with_the_same_film(film: Path, preset: Preset, tmp_path: Path) -> None:
     """kill -9 while the second keyframe is drawn, then while the second window of shots is."""
-    save_story(story(), tmp_path / "story.yaml")
-    told = load_story(tmp_path / "story.yaml")
-    for shot in told.shots:
-        shot.model_fields_set.discard("duration")
-    script = tmp_path / "story.json"
-    script.write_text(json.dumps(story().model_dump(exclude_unset=True)))
+    script = tmp_path / "story.yaml"
+    script.write_text(json.dumps(story().model_dump(exclude_unset=True)))  # JSON is YAML; no durations
     out, tests = tmp_path / "again.mp4", str(Path(__file__).parent)
     weights = {"CINEMA_KEYFRAME_WEIGHTS": preset.keyframes.weights, "CINEMA_VIDEO_WEIGHTS": preset.video.weights}
     for message, keyframes, shots in (("keyframe 2", 1, 0), ("shots 3", 3, 2)):
@@ -85,7 +80,6 @@ def test_killed_twice_it_ends_with_the_same_film(film: Path, preset: Preset, tmp
             "ignore",
             "-c",
             KILLED_AT,
-            str(tmp_path),
             str(script),
             str(out),
             tests,

@@ -11,19 +11,33 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from cinema.toyworld.draw import Paper, camera_at, draw_character
-from cinema.toyworld.world import ACTIONS, CAMERAS, PLACES, POSITIONS, SIZES, Actor, Look, Setup, all_looks
+from cinema.toyworld.world import (
+    ACTIONS,
+    CAMERAS,
+    COLOURS,
+    HATS,
+    PLACES,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Actor,
+    Look,
+    Setup,
+    all_looks,
+)
 
 HEIGHT = 128  # pixels that every frame is read at
 REACH = 4  # pixels by which a character may stand beside its mark
 ANYTHING = 0.03  # price of a background pixel unlike its row
 WRONG = 0.06  # highest price of a pixel that a character should explain
 THERE = 0.25  # least confidence of a character that is there; empty sets stay below 0
+PARALLAX = 0.6  # of what the characters move, the set does
 FINALISTS = 16  # looks that are compared at full resolution
 
 Trial = tuple[int, int, int]  # look, and offsets down and across, counted from -REACH
@@ -124,16 +138,29 @@ class _Templates:
 
 @lru_cache(maxsize=len(SIZES))
 def _templates(size: str) -> _Templates:
-    actor = Actor("", "left", "standing")
-    sheets = [cut_out(look, Setup("", size, "static", (actor,)), actor, aspect=1) for look in all_looks()]
-    colour, alpha = (np.round(np.stack(x) * 255).astype(np.uint8) for x in zip(*sheets, strict=True))
-    rows, columns = (np.flatnonzero((alpha > 4).any((0, axis))) for axis in (2, 1))
+    bodies = [_cut_outs(shape, hat, size) for shape in SHAPES for hat in HATS]
+    colour, alpha = (np.stack(x).astype(np.float32) for x in zip(*bodies, strict=True))
+    colour = rearrange(colour, "body tint h w c -> (tint body) h w c")  # the order of all_looks
+    alpha = repeat(alpha, "body h w -> (tint body) h w", tint=len(COLOURS))
+    rows, columns = (np.flatnonzero((alpha > 0.02).any((0, axis))) for axis in (2, 1))
     (top, bottom), (left, right) = ((x[0] // 2 * 2, x[-1] // 2 * 2 + 2) for x in (rows, columns))
     colour, alpha = colour[:, top:bottom, left:right], alpha[:, top:bottom, left:right]
-    c, a = _half(colour / np.float32(255)), _half(alpha[..., None] / np.float32(255))
+    c, a = _half(colour), _half(alpha[..., None])
     linear = np.concatenate([2 / 3 * c, -a], -1).reshape(len(c), -1)  # of a (anything - |pixel - c / a|^2)
     constant = (ANYTHING * a - (c**2).mean(-1, keepdims=True) / np.maximum(a, 1e-3)).sum((1, 2))
-    return _Templates(colour, alpha, (int(top), int(left)), linear, constant)
+    bytes_ = [np.round(255 * x).clip(0, 255).astype(np.uint8) for x in (colour, alpha)]
+    return _Templates(*bytes_, (int(top), int(left)), linear, constant)
+
+
+def _cut_outs(shape: str, hat: str, size: str) -> tuple[Float[np.ndarray, "tints h w 3"], Float[np.ndarray, "h w"]]:
+    """One body in every colour, from drawings in two: a pixel is some share of the body's colour plus a rest."""
+    actor = Actor("", "left", "standing")
+    setup, pair = Setup("", size, "static", (actor,)), ("white", "brown")  # the pair that differs most
+    (first, alpha), (second, _) = (cut_out(Look(c, shape, hat), setup, actor, aspect=1) for c in pair)
+    tints = np.array(list(COLOURS.values())) / 255
+    a, b = (np.array(COLOURS[c]) / 255 for c in pair)
+    share = (first - second) @ (a - b) / np.square(a - b).sum()
+    return first + share[..., None] * (tints - a)[:, None, None], alpha
 
 
 @dataclass(frozen=True)
@@ -220,39 +247,44 @@ def _explain(
     cast: Mapping[str, Look],
 ) -> tuple[float, ReadClip]:
     """Given the setup's camera, the actions that explain most, and the mean price of a pixel that is explained."""
+    still = replace(setup, camera="static")
     bare = np.ones(first.shape[:2], np.float32)
     for actor in setup.actors:
-        bare = bare * (1 - cut_out(cast[actor.tag], setup, actor)[1])
-    moved = [_moved(first, bare, setup, time) for time in times]
-    ground, weight = (np.stack(x) for x in zip(*moved, strict=True))
+        bare = bare * (1 - cut_out(cast[actor.tag], still, actor)[1])
+    sheet = np.concatenate([first, bare[..., None]], -1)
+    moved = np.stack([_moved(sheet, setup, time, PARALLAX) for time in times])
+    ground, weight = moved[..., :3], moved[..., 3]
     price = weight * np.minimum(_distance(seen, ground), WRONG)
     actions = {}
     for actor in setup.actors:
         tried = {}
         for action in ACTIONS:
-            sheets = [cut_out(cast[actor.tag], setup, replace(actor, action=action), time) for time in times]
-            colour, alpha = (np.stack(x) for x in zip(*sheets, strict=True))
-            drawn = colour + (1 - alpha[..., None]) * ground
-            wrong = alpha * np.minimum(_distance(seen, drawn), WRONG)
+            poses = [_posed(cast[actor.tag], still, replace(actor, action=action), time) for time in times]
+            drawn = np.stack([_moved(pose, setup, time, 1.0) for pose, time in zip(poses, times, strict=True)])
+            alpha = drawn[..., 3]
+            wrong = alpha * np.minimum(_distance(seen, drawn[..., :3] + (1 - drawn[..., 3:]) * ground), WRONG)
             tried[action] = (1 - alpha) * price + wrong, (1 - alpha) * weight + alpha
         best = min(tried, key=lambda action: tried[action][0].sum() / tried[action][1].sum())
         actions[actor.tag], (price, weight) = best, tried[best]
     return float(price.sum() / weight.sum()), ReadClip(setup.camera, actions)
 
 
-def _moved(
-    first: Float[np.ndarray, "h w 3"], bare: Float[np.ndarray, "h w"], setup: Setup, time: float
-) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
-    """The first frame as the camera shows it later, and where that is known: not behind characters, not outside."""
+@lru_cache(maxsize=128)  # the poses of one clip are the same for every camera
+def _posed(look: Look, setup: Setup, actor: Actor, time: float) -> Float[np.ndarray, "h w 4"]:
+    colour, alpha = cut_out(look, setup, actor, time)
+    return np.concatenate([colour, alpha[..., None]], -1)
+
+
+def _moved(sheet: Float[np.ndarray, "h w 4"], setup: Setup, time: float, parallax: float) -> Float[np.ndarray, "h w 4"]:
+    """A picture and its alpha as the camera shows them later; what comes from outside has alpha 0."""
     camera = camera_at(setup, time)
-    x, y = HEIGHT * (1 - 1 / camera.push) - 0.6 * camera.shift * HEIGHT, 0.55 * HEIGHT * (1 - 1 / camera.push)
-    affine = (1 / camera.push, 0, x, 0, 1 / camera.push, y)
-
-    def move(channel: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
-        image = Image.fromarray(channel)
-        return np.asarray(image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
-
-    return np.stack([move(first[..., k]) for k in range(3)], -1), move(bare)
+    if camera.push == 1 and camera.shift == 0:
+        return sheet
+    rest = HEIGHT * (1 - 1 / camera.push)  # the frame's zoom is about (1, 0.55)
+    affine = (1 / camera.push, 0, rest - parallax * camera.shift * HEIGHT, 0, 1 / camera.push, 0.55 * rest)
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(sheet, -1, 0).astype(np.float32)]
+    size, how = channels[0].size, (Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    return np.stack([np.asarray(channel.transform(size, *how)) for channel in channels], -1)
 
 
 def to_pixels(image: Image.Image) -> Float[np.ndarray, "h w 3"]:

@@ -88,7 +88,7 @@ def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5ForConditio
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
             pad_token_id=0,
-            decoder_start_token_id=0,
+            decoder_start_token_id=0,  # type: ignore[call-arg]
             eos_token_id=1,
             use_cache=False,
         )
@@ -122,7 +122,8 @@ class T5Task:
     def sample(self, path: Path, stage: Stage) -> None:
         """Captions, and what the decoder makes of them, as a text file beside `path`."""
         captions = shot_captions(self.seed, 10**7, 8)
-        ids = self.model.generate(tokenize(self.tokenizer, captions), max_new_tokens=28, do_sample=False)
+        model: Any = self.model
+        ids = model.generate(tokenize(self.tokenizer, captions), max_new_tokens=28, do_sample=False)
         lines = [
             f"{c}\n  -> {self.tokenizer.decode(x, skip_special_tokens=True)}\n"
             for c, x in zip(captions, ids, strict=True)

@@ -182,7 +182,7 @@ class VideoTask:
 
     def _batch(
         self, rng: random.Random, stage: Stage
-    ) -> tuple[Float[Tensor, "b s c"], Float[Tensor, "b n t"], Bool[Tensor, "b n t"]]:
+    ) -> tuple[Float[Tensor, "b s c"], Float[Tensor, "b n t e"], Bool[Tensor, "b n t"]]:
         """Windows of neighbouring shots: their tokens and their captions, the global one first."""
         lines, tokens = [], []
         for _ in range(stage.batch):

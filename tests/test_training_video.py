@@ -1,0 +1,150 @@
+"""The video models' training: what their losses see, what they save, and that stock diffusers loads it."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import LTXConditionPipeline
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from PIL import Image
+
+from cinema.toyworld.world import sample_movie
+from cinema.training import make_task
+from cinema.training import video as training_video
+from cinema.training.autoencoder import psnr
+from cinema.training.config import Stage, TrainConfig
+from cinema.training.loop import HalfPrecision, run_training
+from cinema.training.video import ClipStore, VideoTask, window_captions
+from cinema.training.video_autoencoder import VideoAutoencoderTask, clips_of_step
+from cinema.video import decode_clips, encode_clips
+
+SHAPE = {"channels": [8, 8, 8], "layers": [1, 0, 0], "decoder_channels": [8, 16], "decoder_layers": [0, 0, 1]}
+SHAPE |= {"upsample_factor": [1, 2], "latent_channels": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A video autoencoder and the text half of a Flux folder."""
+    folder = tmp_path_factory.mktemp("video")
+    torch.manual_seed(0)
+    VideoAutoencoderTask(0, None, height=64, frames=9, **SHAPE).save(folder / "vae")
+    tiny.text_encoders()[1].save_pretrained(folder / "flux" / "text_encoder_2")
+    tiny.tokenizer(start=False, length=10).save_pretrained(folder / "flux" / "tokenizer_2")
+    return {"vae": str(folder / "vae"), "keyframes": str(folder / "flux"), "cache": str(folder / "cache")}
+
+
+@pytest.fixture(scope="module")
+def task(folders: dict[str, str]) -> VideoTask:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_video, "SHARD", 2)
+        return VideoTask(0, None, **folders, movies=2, shots=3, heads=2, head_dim=24, layers=2)
+
+
+def test_the_autoencoder_learns_clips_and_stills_and_saves_their_statistics(tmp_path: Path) -> None:
+    task = make_task("video_autoencoder", 0, None, SHAPE | {"height": 64, "frames": 9, "stills": 1})
+    stage, model = Stage(steps=2, batch=1), HalfPrecision(task.model)
+    for step in range(2):
+        loss, figures = task.loss(model, stage, step)
+        assert loss.isfinite() and figures["psnr_first"] == (
+            pytest.approx(figures["psnr"]) if step == 0 else figures["psnr_first"]
+        )
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.model.parameters())
+    task.save(tmp_path / "vae")
+    task.sample(tmp_path / "sheet.png", stage)
+    vae = training_video.AutoencoderKLLTXVideo.from_pretrained(tmp_path / "vae")
+    tokens = torch.cat([encode_clips(vae, clips_of_step(0, 10**7 + i, 4, 64, 9)) for i in range(8)])
+    assert tokens.mean((0, 1)).abs().max() < 0.05 and (tokens.std((0, 1)) - 1).abs().max() < 0.05  # bf16 weights
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * 128, 6 * 64)
+
+
+def test_motion_and_the_first_frame_weigh_more() -> None:
+    task = VideoAutoencoderTask(0, None, height=64, frames=9, first=4.0, motion=2.0, **SHAPE)
+    clips = torch.zeros(1, 3, 3, 2, 2)
+    clips[0, :, 2, 0, 0] = 1
+    weight = task._weight(clips)
+    assert weight[0, 0, :, 0, 0].tolist() == [5, 1, 3] and weight[0, 0, :, 1, 1].tolist() == [5, 1, 1]
+
+
+def test_clips_are_encoded_once_and_the_shards_are_kept(
+    task: VideoTask, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    movie, settings = task.store.movie(1), task.settings
+    clip = training_video.clip_frames(movie, movie.shots[2], settings.height, settings.frames)[None]
+    own = encode_clips(task.vae, clip)[0].to(torch.bfloat16)
+    assert torch.equal(task.store.latents[1, 2], own)
+    assert psnr(decode_clips(task.vae, own[None].float(), (8, 16)), clip) > 0
+    monkeypatch.setattr(training_video, "encode_clips", lambda *_: pytest.fail("these clips are encoded already"))
+    again = ClipStore(Path(folders["cache"]), task.vae, 0, 1, 3)
+    assert torch.equal(again.latents, task.store.latents[:1])
+
+
+def test_given_first_frames_are_nearly_clean_and_do_not_learn(task: VideoTask) -> None:
+    window, stage = task._window(3), Stage(steps=1, batch=64, pairs=3)
+    sigma, learns = task._noise(window, stage, torch.Generator().manual_seed(0))
+    given = learns == 0
+    assert not given[:, ~window.first].any() and sigma[given].max() <= task.keyframe_sigma
+    share = given[:, window.first].float().mean().item()
+    assert abs(share - task.keyframed) < 0.08  # 192 draws
+    shots = torch.stack([sigma[:, (window.shot == k) & ~window.first] for k in range(3)], dim=1)
+    assert (shots == shots[:, :, :1]).all() and (shots[:, 0, 0] != shots[:, 1, 0]).all()  # one level a shot, its own
+
+
+def test_the_loss_ignores_what_does_not_learn(task: VideoTask) -> None:
+    """A model that is far off exactly where a clean frame is given has a small loss."""
+    stage = Stage(steps=1, batch=2, pairs=2)
+    learns = task._noise(task._window(2), stage, torch.Generator().manual_seed(3))[1]
+
+    class Wrong(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, tokens: torch.Tensor, *_: object) -> torch.Tensor:
+            return (self.scale * 1e6 * (1 - learns))[..., None].expand_as(tokens)
+
+    loss, figures = task.loss(Wrong(), stage, 3)
+    assert loss.item() < 10 and figures["learning"] == pytest.approx(learns.mean().item()) and learns.mean() < 1
+
+
+def test_captions_of_a_window_are_the_animators() -> None:
+    story = sample_movie("captions", 4).story()
+    told = window_captions(story, 1, 2)
+    assert told[1:] == [shot.caption for shot in story.shots[1:3]]
+    assert all(c.tag in told[0] and c.description in told[0] for c in story.cast if c.tag in told[1] + told[2])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2
+def test_it_trains_saves_and_stock_diffusers_draws(folders: dict[str, str], task: VideoTask, tmp_path: Path) -> None:
+    options = {**folders, "movies": 2, "shots": 3, "heads": 2, "head_dim": 24, "layers": 2}
+    config = TrainConfig.model_validate(
+        {
+            "task": "video",
+            "options": options,
+            "muon_lr": 1e-3,
+            "stages": [{"steps": 1, "batch": 2, "pairs": 1}, {"steps": 1, "batch": 1, "pairs": 3}],
+        }
+    )
+    run = run_training(config, task, tmp_path / "run", resume=False)
+    weights = tmp_path / "run" / "weights"
+    pipeline = LTXConditionPipeline.from_pretrained(weights, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    average = run.ema["transformer.proj_out.weight"]
+    assert torch.equal(pipeline.transformer.proj_out.weight, average.to(torch.bfloat16)) and average.abs().max() > 0
+    condition = LTXVideoCondition(image=Image.new("RGB", (128, 64), "red"), frame_index=0)
+    video = pipeline(
+        conditions=[condition],
+        prompt="wide shot, forest.",
+        height=64,
+        width=128,
+        num_frames=9,
+        frame_rate=8,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        max_sequence_length=10,
+        output_type="pt",
+    ).frames
+    assert video.shape == (1, 9, 3, 64, 128) and video.isfinite().all()
+    assert (tmp_path / "run" / "samples" / "final.png").is_file()
