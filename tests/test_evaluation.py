@@ -19,7 +19,7 @@ from cinema.toyworld.draw import render, render_looks
 from cinema.toyworld.film import draw_clip
 from cinema.toyworld.world import Actor, Look, Setup, parse_caption, sample_movie, sample_set
 
-MOVIE = sample_movie("evaluation", 6)
+MOVIE = sample_movie("evaluation", 4)
 TRUE = [render(MOVIE, setup) for setup in MOVIE.shots]
 
 
@@ -37,10 +37,10 @@ def test_the_truth_is_all_right_and_everything_is_judged() -> None:
 
 def test_worse_pictures_score_worse() -> None:
     """True, then true pictures in another order, then another movie's, then grey."""
-    stranger = sample_movie("stranger", 6)
+    stranger = sample_movie("stranger", 4)
     other = [render_looks(stranger.sets[s.place], s, stranger.cast) for s in stranger.shots]
-    grey = [Image.new("RGB", (256, 128), (120, 120, 120))] * 6
-    scores = [score_keyframes(MOVIE.captions(), images) for images in (TRUE, TRUE[3:] + TRUE[:3], other, grey)]
+    grey = [Image.new("RGB", (256, 128), (120, 120, 120))] * 4
+    scores = [score_keyframes(MOVIE.captions(), images) for images in (TRUE, TRUE[2:] + TRUE[:2], other, grey)]
     first, identity = [share(s.first) for s in scores], [share(s.identity) for s in scores]
     assert first[0] == 1 > first[1] > 0 and first[0] > first[2] > first[3]
     assert identity[0] == 1 > identity[1] >= identity[2] >= identity[3] == 0
@@ -148,10 +148,10 @@ class Rememberer:
 def test_the_control_tells_memory_from_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KeyframePlanner", Rememberer)
     steps: list[tuple[int, int]] = []
-    figures = evaluate_stories(TOY, 4, 4, 0, lambda done, total, what: steps.append((done, total)))
+    figures = evaluate_stories(TOY, 3, 4, 0, lambda done, total, what: steps.append((done, total)))
     assert figures["attributes"] == figures["identity"] == figures["last_identity"] == 1
     assert figures["wrong_context_identity"] < 0.5
-    assert figures["ci95"]["identity"] == [1, 1] and steps[-1] == (20, 20)
+    assert figures["ci95"]["identity"] == [1, 1] and steps[-1] == (15, 15)
     assert figures["counts"]["wrong_context_identity"] == figures["counts"]["last_identity"] > 0
 
 

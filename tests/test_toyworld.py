@@ -12,7 +12,7 @@ from cinema.errors import UserError
 from cinema.media import read_frames
 from cinema.story import Story
 from cinema.toyworld.draw import render
-from cinema.toyworld.film import BLACK, draw_clip, write_film, write_films
+from cinema.toyworld.film import BLACK, _pieces, draw_clip, write_film, write_films
 from cinema.toyworld.world import (
     ACTIONS,
     COLOURS,
@@ -22,6 +22,7 @@ from cinema.toyworld.world import (
     SHAPES,
     SIZES,
     Actor,
+    Movie,
     Setup,
     all_looks,
     parse_caption,
@@ -44,7 +45,7 @@ def test_a_seed_is_a_movie() -> None:
 
 
 def test_captions_round_trip_and_describe_each_look_once() -> None:
-    for seed in range(60):
+    for seed in range(30):
         movie = sample_movie(seed, 8, looks="all")
         parsed = [parse_caption(line) for line in movie.captions()]
         assert [setup for setup, _ in parsed] == movie.shots
@@ -66,9 +67,9 @@ def test_held_out_looks_are_never_trained_on() -> None:
     looks = all_looks()
     held_out = {x for x in looks if x.held_out}
     assert len(looks) == len(set(looks)) == len(COLOURS) * len(SHAPES) * len(HATS) and 0.05 < len(held_out) / 300 < 0.15
-    trained = {x for i in range(300) for x in sample_movie(f"train/{i}", 1).cast.values()}
-    unseen = {x for i in range(100) for x in sample_movie(f"train/{i}", 1, looks="unseen").cast.values()}
-    assert not trained & held_out and unseen <= held_out and len(trained) > 200 and len(unseen) > 15
+    trained = {x for i in range(150) for x in sample_movie(f"train/{i}", 1).cast.values()}
+    unseen = {x for i in range(30) for x in sample_movie(f"train/{i}", 1, looks="unseen").cast.values()}
+    assert not trained & held_out and unseen <= held_out and len(trained) > 150 and len(unseen) > 15
 
 
 def test_a_movie_that_returns_ends_on_someone_absent() -> None:
@@ -147,15 +148,23 @@ def test_boxes_hold_their_characters(tmp_path: Path) -> None:
         for actor, facts in zip(setup.actors, shot["actors"], strict=True):
             alone = replace(setup, actors=(actor,))
             with_it, without = (np.asarray(render(movie, s), int) for s in (alone, replace(setup, actors=())))
-            changed = np.abs(with_it - without).max(-1) > 90  # more than its shadow makes, on any ground
+            changed = np.abs(with_it - without).max(-1) > 70  # more than its shadow makes, on any ground
             left, top, right, bottom = facts["box"]
             inside = changed[top - 8 : bottom - 8, left:right]
-            assert inside.sum() == changed.sum() > 0.2 * inside.size
+            assert inside.sum() > 0.98 * changed.sum() > 0.2 * inside.size  # a pixel's edge may change a little more
+            drawn = [np.flatnonzero(changed.any(k)) for k in (0, 1)]
+            edges = np.array([drawn[0][0], drawn[1][0] + 8, drawn[0][-1] + 1, drawn[1][-1] + 9])
+            assert np.abs(edges - facts["box"]).max() <= 3
             assert facts | {"box": 0} == vars(actor) | {"box": 0}
 
 
+def kinds(movie: Movie) -> set[str]:
+    """How the shots of a film with transitions are joined."""
+    return {piece.transition for piece in _pieces(movie, 2, 1, True, False)}
+
+
 def test_transitions_bars_cards_and_black_are_where_the_truth_says(tmp_path: Path) -> None:
-    movie = sample_movie("hard", 9)
+    movie = next(m for i in range(99) if kinds(m := sample_movie(f"hard/{i}", 5)) == {"cut", "dissolve", "fade"})
     write_film(movie, tmp_path / "a.mp4", height=64, frames=9, transitions=True, letterbox=12, titles=True, crf=10)
     truth, frames = truth_of(tmp_path / "a.mp4"), read_frames(tmp_path / "a.mp4")
     assert (truth["height"], truth["width"], truth["bars"]) == (88, 128, [12, 12])

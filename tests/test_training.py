@@ -65,7 +65,9 @@ def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
     run_training(settings(), tiny_task(), tmp_path / "cut", resume=True)
     name = "checkpoint-0000008.safetensors"
     assert same(tmp_path / "whole" / name, tmp_path / "cut" / name)
-    losses = [[json.loads(x)["loss"] for x in (tmp_path / d / "log.jsonl").open()] for d in ("whole", "cut")]
+    losses = [
+        [json.loads(x)["loss"] for x in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 

@@ -111,7 +111,7 @@ def vae() -> AutoencoderKL:
     ).eval()
 
 
-def pipeline_folder(folder: Path, shift: float = 2.0) -> Path:
+def pipeline_folder(folder: Path, shift: float = TOY.keyframes.shift) -> Path:
     """Save a whole stock pipeline of random weights."""
     torch.manual_seed(0)
     clip, t5 = text_encoders()

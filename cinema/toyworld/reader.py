@@ -1,7 +1,7 @@
 """The attribute reader: analysis by synthesis. It draws what could be there and says what fits, from pixels alone.
 
 A pixel is explained by a character (drawn, within a few pixels of its place) or by the background, which is free:
-whatever lies beside the character in the same row, or, at a price, anything at all. A candidate's *gain* is what
+the colours on either side of the character, row by row, or, at a price, anything at all. A candidate's *gain* is what
 the character explains better than the background does; its *confidence* is that gain over what a perfect drawing
 on this background would gain. Prices are squared distances, mean over the channels, of RGB in [0, 1].
 """
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
@@ -34,7 +34,8 @@ from cinema.toyworld.world import (
 
 HEIGHT = 128  # pixels that every frame is read at
 REACH = 4  # pixels by which a character may stand beside its mark
-ANYTHING = 0.03  # price of a background pixel unlike its row
+MARGIN = 4  # pixels from a silhouette to the background that is beside it for sure
+ANYTHING = 0.03  # highest price of a background pixel
 WRONG = 0.06  # highest price of a pixel that a character should explain
 THERE = 0.25  # least confidence of a character that is there; empty sets stay below 0
 PARALLAX = 0.6  # of what the characters move, the set does
@@ -110,11 +111,12 @@ def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
         image: a picture of any size, 2:1; characters are at rest, as in the first frame of every shot.
         setup: who should be where; used only to say which tag stands at which position.
     """
-    scene = _Scene.of(to_pixels(image))
+    pixels = to_pixels(image)
+    scene = _Scene.of(pixels)
     cast = {size: {p: hit for p in POSITIONS if (hit := scene.find(size, p))} for size in SIZES}
     size = max(SIZES, key=lambda s: sum(gain for _, gain in cast[s].values()))
     found = {position: actor for position, (actor, _) in cast[size].items()}
-    return ReadFrame(read_place(scene.pixels), size if found else None, found, setup)
+    return ReadFrame(read_place(pixels), size if found else None, found, setup)
 
 
 def read_place(pixels: Float[np.ndarray, "h w 3"]) -> str:
@@ -131,6 +133,7 @@ class _Templates:
 
     colour: UInt8[np.ndarray, "looks h w 3"]  # times alpha
     alpha: UInt8[np.ndarray, "looks h w"]
+    edges: Int[np.ndarray, "looks 2 h"]  # of every row: columns MARGIN beyond the silhouette, left and right
     corner: tuple[int, int]
     linear: Float[np.ndarray, "looks values"]  # times (colours, mean squares) of a window at half resolution ...
     constant: Float[np.ndarray, "looks 1"]  # ... plus this: the gain on a background that could be anything
@@ -148,8 +151,10 @@ def _templates(size: str) -> _Templates:
     c, a = _half(colour), _half(alpha[..., None])
     linear = np.concatenate([2 / 3 * c, -a], -1).reshape(len(c), -1)  # of a (anything - |pixel - c / a|^2)
     constant = (ANYTHING * a - (c**2).mean(-1, keepdims=True) / np.maximum(a, 1e-3)).sum((1, 2))
-    bytes_ = [np.round(255 * x).clip(0, 255).astype(np.uint8) for x in (colour, alpha)]
-    return _Templates(*bytes_, (int(top), int(left)), linear, constant)
+    stored = [np.round(255 * x).clip(0, 255).astype(np.uint8) for x in (colour, alpha)]
+    solid = alpha > 0.02
+    ends = solid.argmax(2) - MARGIN, solid.shape[2] - 1 - solid[..., ::-1].argmax(2) + MARGIN
+    return _Templates(stored[0], stored[1], np.stack(ends, 1), (int(top), int(left)), linear, constant)
 
 
 def _cut_outs(shape: str, hat: str, size: str) -> tuple[Float[np.ndarray, "tints h w 3"], Float[np.ndarray, "h w"]]:
@@ -165,21 +170,16 @@ def _cut_outs(shape: str, hat: str, size: str) -> tuple[Float[np.ndarray, "tints
 
 @dataclass(frozen=True)
 class _Scene:
-    """A frame and the likeliest background of each row, both padded by REACH."""
+    """A frame, padded by REACH; `small` is half as large: colours and mean square."""
 
-    pixels: Float[np.ndarray, "h w 3"]  # not padded
     padded: Float[np.ndarray, "_h _w 3"]
-    ground: Float[np.ndarray, "_h _w 3"]
-    small: Float[np.ndarray, "_hh _hw 4"]  # half as large: colours and mean square
+    small: Float[np.ndarray, "_hh _hw 4"]
 
     @classmethod
     def of(cls, pixels: Float[np.ndarray, "h w 3"]) -> "_Scene":
-        x = np.arange(pixels.shape[1])
-        beside = np.min([np.abs(x - mark * HEIGHT) for mark in POSITIONS.values()], 0) > HEIGHT / 5
-        rows = np.broadcast_to(np.median(pixels[:, beside], 1, keepdims=True), pixels.shape)
-        padded, ground = (np.pad(p, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge") for p in (pixels, rows))
+        padded = np.pad(pixels, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge")
         small = _half(padded)
-        return cls(pixels, padded, ground, np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1))
+        return cls(padded, np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1))
 
     def find(self, size: str, position: str) -> tuple[ReadActor, float] | None:
         """The character of this size at this position and its gain, or None; by all looks, then by the likeliest."""
@@ -203,15 +203,20 @@ class _Scene:
         return (actor, gain) if confidence >= THERE else None
 
     def _gain(self, t: _Templates, top: int, left: int, trial: Trial) -> tuple[float, float, Trial]:
-        """Gain and confidence of one look at one place."""
+        """Gain and confidence of one look at one place; on each side of it, its row goes on as it is beyond it."""
         look, y, x = trial
-        area = np.s_[top + y : top + y + t.alpha.shape[1], left + x : left + x + t.alpha.shape[2]]
-        pixels, ground, alpha = self.padded[area], self.ground[area], t.alpha[look] / np.float32(255)
-        drawn = t.colour[look] / np.float32(255) + (1 - alpha[..., None]) * ground
-        price = np.minimum(_distance(pixels, ground), ANYTHING) - np.minimum(_distance(pixels, drawn), WRONG)
-        most = np.minimum(_distance(drawn, ground), ANYTHING)
-        gain = float((alpha * price).sum())
-        return gain, gain / max(float((alpha * most).sum()), 1e-6), trial
+        y, x, (h, w) = top + y, left + x, t.alpha.shape[1:]
+        pixels, alpha = self.padded[y : y + h, x : x + w], t.alpha[look] / np.float32(255)
+        beyond = [self.padded[range(y, y + h), (x + end).clip(0, self.padded.shape[1] - 1)] for end in t.edges[look]]
+        sides = [np.broadcast_to(colour[:, None], pixels.shape) for colour in beyond]
+        nearest = np.concatenate([sides[0][:, : w // 2], sides[1][:, w // 2 :]], 1)
+        drawn = t.colour[look] / np.float32(255) + (1 - alpha[..., None]) * nearest
+
+        def free(shown: Float[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w"]:
+            return np.minimum(np.minimum(_distance(shown, sides[0]), _distance(shown, sides[1])), ANYTHING)
+
+        gain = float((alpha * (free(pixels) - np.minimum(_distance(pixels, drawn), WRONG))).sum())
+        return gain, gain / max(float((alpha * free(drawn)).sum()), 1e-6), trial
 
 
 # --- clips ----------------------------------------------------------------------------------------------------
