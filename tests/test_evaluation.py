@@ -148,10 +148,10 @@ class Rememberer:
 def test_the_control_tells_memory_from_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KeyframePlanner", Rememberer)
     steps: list[tuple[int, int]] = []
-    figures = evaluate_stories(TOY, 3, 4, 0, lambda done, total, what: steps.append((done, total)))
+    figures = evaluate_stories(TOY, 3, 3, 0, lambda done, total, what: steps.append((done, total)))
     assert figures["attributes"] == figures["identity"] == figures["last_identity"] == 1
     assert figures["wrong_context_identity"] < 0.5
-    assert figures["ci95"]["identity"] == [1, 1] and steps[-1] == (15, 15)
+    assert figures["ci95"]["identity"] == [1, 1] and steps[-1] == (12, 12)
     assert figures["counts"]["wrong_context_identity"] == figures["counts"]["last_identity"] > 0
 
 
@@ -159,6 +159,6 @@ def test_untrained_weights_go_through_and_know_nothing(tmp_path: Path) -> None:
     preset = replace(tiny.preset(tiny.pipeline_folder(tmp_path), steps=1), tags=TOY.tags)
     assert isinstance(KeyframePlanner.from_preset(preset), KeyframePlanner)
     with pytest.warns(UserWarning, match="tokens"):  # the tiny text encoder reads 10
-        figures = evaluate_stories(preset, 2, 3)
+        figures = evaluate_stories(preset, 2, 2)
     assert figures["identity"] == figures["wrong_context_identity"] == 0 and figures["attributes"] < 0.5
     assert json.loads(json.dumps(figures)) == figures

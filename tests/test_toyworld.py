@@ -165,7 +165,7 @@ def kinds(movie: Movie) -> set[str]:
 
 def test_transitions_bars_cards_and_black_are_where_the_truth_says(tmp_path: Path) -> None:
     movie = next(m for i in range(99) if kinds(m := sample_movie(f"hard/{i}", 5)) == {"cut", "dissolve", "fade"})
-    write_film(movie, tmp_path / "a.mp4", height=64, frames=9, transitions=True, letterbox=12, titles=True, crf=10)
+    write_film(movie, tmp_path / "a.mp4", height=64, frames=17, transitions=True, letterbox=12, titles=True, crf=10)
     truth, frames = truth_of(tmp_path / "a.mp4"), read_frames(tmp_path / "a.mp4")
     assert (truth["height"], truth["width"], truth["bars"]) == (88, 128, [12, 12])
     pictures = np.stack([np.asarray(f) for f in frames])
@@ -178,7 +178,7 @@ def test_transitions_bars_cards_and_black_are_where_the_truth_says(tmp_path: Pat
     for shot, setup in zip(shots, movie.shots, strict=True):
         middle = (shot["start_frame"] + shot["end_frame"]) // 2
         picture = frames[middle].crop((0, 12, 128, 76))
-        errors = [min(difference(picture, x) for x in draw_clip(movie, s, 64, 9)) for s in movie.shots]
+        errors = [min(difference(picture, x) for x in draw_clip(movie, s, 64, 17)) for s in movie.shots]
         assert min(errors) < 5 and errors.index(min(errors)) == movie.shots.index(setup)
     spans = [0, *truth["cuts"], len(frames)]
     assert spans == sorted(set(spans)) and {s["start_frame"] for s in shots} <= set(spans)

@@ -211,12 +211,13 @@ class _Scene:
         sides = [np.broadcast_to(colour[:, None], pixels.shape) for colour in beyond]
         nearest = np.concatenate([sides[0][:, : w // 2], sides[1][:, w // 2 :]], 1)
         drawn = t.colour[look] / np.float32(255) + (1 - alpha[..., None]) * nearest
+        gain = float((alpha * (_free(pixels, sides) - np.minimum(_distance(pixels, drawn), WRONG))).sum())
+        return gain, gain / max(float((alpha * _free(drawn, sides)).sum()), 1e-6), trial
 
-        def free(shown: Float[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w"]:
-            return np.minimum(np.minimum(_distance(shown, sides[0]), _distance(shown, sides[1])), ANYTHING)
 
-        gain = float((alpha * (free(pixels) - np.minimum(_distance(pixels, drawn), WRONG))).sum())
-        return gain, gain / max(float((alpha * free(drawn)).sum()), 1e-6), trial
+def _free(pixels: Float[np.ndarray, "h w 3"], sides: list[Float[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "h w"]:
+    """The price of pixels as background, which is like one side or the other, or anything."""
+    return np.minimum(np.minimum(_distance(pixels, sides[0]), _distance(pixels, sides[1])), ANYTHING)
 
 
 # --- clips ----------------------------------------------------------------------------------------------------
