@@ -38,15 +38,16 @@ class FilmWriter:
         self.frames = 0
 
     def __enter__(self) -> "FilmWriter":
-        self._open = ExitStack()
-        part = self._open.enter_context(atomic(self.path))
-        self._file = self._open.enter_context(av.open(str(part), "w", options={"movflags": "+faststart"}))
-        self._stream = self._file.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
-        self._stream.width, self._stream.height, self._stream.pix_fmt = self.width, self.height, "yuv420p"
-        codec = self._stream.codec_context
-        codec.thread_count = 1  # the same bytes on every machine
-        codec.color_primaries = codec.color_trc = codec.colorspace = BT709  # said, since players guess differently
-        codec.color_range = ColorRange.MPEG
+        with ExitStack() as stack:
+            part = stack.enter_context(atomic(self.path))
+            self._file = stack.enter_context(av.open(str(part), "w", options={"movflags": "+faststart"}))
+            self._stream = self._file.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
+            self._stream.width, self._stream.height, self._stream.pix_fmt = self.width, self.height, "yuv420p"
+            codec = self._stream.codec_context
+            codec.thread_count = 1  # the same bytes on every machine
+            codec.color_primaries = codec.color_trc = codec.colorspace = BT709  # said, since players guess differently
+            codec.color_range = ColorRange.MPEG
+            self._open = stack.pop_all()
         return self
 
     def add(self, image: Image.Image) -> None:
@@ -60,9 +61,7 @@ class FilmWriter:
         frame.pts, self.frames = self.frames, self.frames + 1
         self._file.mux(self._stream.encode(frame))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with self._open:
             if error is not None:
                 raise error  # through the stack, so that the unfinished file is removed
@@ -84,6 +83,4 @@ def read_frames(path: Path) -> list[Image.Image]:
             return [frame.to_image(interpolation=EXACT) for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
         reason = getattr(error, "strerror", None) or "it holds no moving picture"
-        raise UserError(
-            f"{path}: not readable as a film ({reason}); it is cut off, damaged or something else"
-        ) from None
+        raise UserError(f"{path}: not readable as a film ({reason}); it is cut off or something else") from None

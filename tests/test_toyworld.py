@@ -204,6 +204,13 @@ def test_settings_that_make_no_film(tmp_path: Path, wrong: dict) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wrong_ending_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(UserError, match="mp4"):
+        write_film(sample_movie(0, 2), tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "{}"
+
+
 def test_films_go_on_where_they_stopped(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     films = write_films(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cinema.errors import UserError
 from cinema.files import write_json
@@ -77,26 +77,25 @@ def write_film(
     """
     settings = {"height": height, "fps": fps, "frames": frames, "transitions": transitions}
     settings |= {"letterbox": letterbox, "titles": titles, "crf": crf}
-    if transitions and frames < 2 * OVERLAP + 1:
-        raise UserError(f"{path}: transitions need shots of at least {2 * OVERLAP + 1} frames, not {frames}")
-    if height < 16 or letterbox < 0 or frames < 1:
-        raise UserError(
-            f"{path}: a picture of {height} pixels, bars of {letterbox}, {frames} frames: too small to draw"
-        )
+    least = 2 * OVERLAP + 1 if transitions else 1
+    if frames < least or height < 16 or letterbox < 0:
+        what = f"{frames} frames a shot of {height} pixels with bars of {letterbox}"
+        raise UserError(f"{path}: {what} make no film; it takes {least} frames, 16 pixels and bars of 0 or more")
     sidecar, size = path.with_suffix(".json"), (2 * height, height + 2 * letterbox)
+    writer, captions = FilmWriter(path, *size, fps, crf), movie.captions()
     sidecar.unlink(missing_ok=True)  # it must never describe another film
-    spans: list[tuple[int, int, int, str]] = []
-    with FilmWriter(path, *size, fps, crf) as writer:
-        for images, shot, transition in _joined(_pieces(movie, height, frames, transitions, titles)):
-            start = writer.frames
-            for image in images:
-                writer.add(_boxed(image, size, letterbox))
-            spans.append((start, writer.frames, shot, transition))
-            if on_progress and shot >= 0:
-                on_progress(shot + 1, len(movie.shots), path.name)
-    truth = _truth(movie, _merged(spans), height, letterbox)
-    truth |= {"bars": [letterbox, letterbox], "fps": fps, "height": size[1], "width": size[0], "settings": settings}
-    write_json(sidecar, truth)
+    shots, cuts = list[dict[str, Any]](), list[int]()
+    with writer:
+        for piece in _joined(_pieces(movie, height, frames, transitions, titles)):
+            cuts.append(writer.frames)
+            if piece.shot >= 0:
+                shots.append(_shot(movie, captions[piece.shot], piece, writer.frames, height, letterbox))
+            for image in piece.frames:
+                writer.add(ImageOps.expand(image, (0, letterbox)))
+            if on_progress and piece.shot >= 0:
+                on_progress(piece.shot + 1, len(movie.shots), path.name)
+    truth = {"story": movie.story().model_dump(), "shots": shots, "cuts": cuts[1:], "bars": [letterbox, letterbox]}
+    write_json(sidecar, truth | {"fps": fps, "height": size[1], "width": size[0], "settings": settings})
     return sidecar
 
 
@@ -162,38 +161,28 @@ def _titled(text: str, height: int) -> list[_Piece]:
     return [_Piece([image] * n, -1, "cut") for image, n in ((black, BLACK), (_card(text, height), FPS), (black, BLACK))]
 
 
-def _joined(pieces: Iterator[_Piece]) -> Iterator[tuple[list[Image.Image], int, str]]:
-    """Lists of frames to write, each with the shot it belongs to; one piece is held back, to be joined to the next."""
+def _joined(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
+    """The pieces as they are written, those with a transition in parts; one is held back, to be joined to the next."""
     held = next(pieces)
+    share = [(k + 1) / (OVERLAP + 1) for k in range(OVERLAP)]
     for piece in pieces:
         if piece.transition == "cut":
-            yield held.frames, held.shot, held.transition
+            yield held
             held = piece
             continue
         old, new = held.frames[-OVERLAP:], piece.frames[:OVERLAP]
-        share = [(k + 1) / (OVERLAP + 1) for k in range(OVERLAP)]
-        yield held.frames[:-OVERLAP], held.shot, held.transition
+        black = Image.new("RGB", new[0].size)
         if piece.transition == "dissolve":
             mixed = [Image.blend(a, b, s) for a, b, s in zip(old, new, share, strict=True)]
-            yield mixed[: OVERLAP // 2], held.shot, held.transition
-            head = mixed[OVERLAP // 2 :]
+            tail, between, head = mixed[: OVERLAP // 2], 0, mixed[OVERLAP // 2 :]
         else:
-            black = Image.new("RGB", new[0].size)
-            yield [Image.blend(a, black, s) for a, s in zip(old, share, strict=True)], held.shot, held.transition
-            yield [black] * BLACK, -1, "cut"
-            head = [Image.blend(black, b, s) for b, s in zip(new, share, strict=True)]
+            tail = [Image.blend(a, black, s) for a, s in zip(old, share, strict=True)]
+            between, head = BLACK, [Image.blend(black, b, s) for b, s in zip(new, share, strict=True)]
+        yield replace(held, frames=held.frames[:-OVERLAP] + tail)
+        if between:
+            yield _Piece([black] * between, -1, "cut")
         held = replace(piece, frames=head + piece.frames[OVERLAP:])
-    yield held.frames, held.shot, held.transition
-
-
-def _merged(spans: list[tuple[int, int, int, str]]) -> list[tuple[int, int, int, str]]:
-    """Neighbouring (start, end, shot, transition) of one shot as one."""
-    merged: list[tuple[int, int, int, str]] = []
-    for start, end, shot, transition in spans:
-        if merged and merged[-1][2] == shot >= 0:
-            start, transition = merged[-1][0], merged.pop()[3]
-        merged.append((start, end, shot, transition))
-    return merged
+    yield held
 
 
 # --- pictures and truth -----------------------------------------------------------------------------------------
@@ -206,28 +195,21 @@ def _card(text: str, height: int) -> Image.Image:
     return image
 
 
-def _boxed(image: Image.Image, size: tuple[int, int], letterbox: int) -> Image.Image:
-    if not letterbox:
-        return image
-    framed = Image.new("RGB", size)
-    framed.paste(image, (0, letterbox))
-    return framed
-
-
-def _truth(movie: Movie, spans: list[tuple[int, int, int, str]], height: int, letterbox: int) -> dict[str, Any]:
-    captions, shots = movie.captions(), []
-    for start, end, shot, transition in spans:
-        if shot < 0:
-            continue
-        setup = movie.shots[shot]
-        facts = {"start_frame": start, "end_frame": end, "caption": captions[shot], "transition": transition}
-        facts["looks"] = {a.tag: vars(movie.cast[a.tag]) for a in setup.actors}
-        facts["actors"] = [
-            vars(a) | {"box": _box(movie.cast[a.tag], setup, a, height, letterbox)} for a in setup.actors
-        ]
-        shots.append({**facts, "place": setup.place, "size": setup.size, "camera": setup.camera})
-    cuts = [start for start, *_ in spans if start]
-    return {"story": movie.story().model_dump(), "shots": shots, "cuts": cuts}
+def _shot(movie: Movie, caption: str, piece: _Piece, start: int, height: int, letterbox: int) -> dict[str, Any]:
+    """The truth about a shot that begins in frame `start` of the film."""
+    setup = movie.shots[piece.shot]
+    actors = [vars(a) | {"box": _box(movie.cast[a.tag], setup, a, height, letterbox)} for a in setup.actors]
+    return {
+        "start_frame": start,
+        "end_frame": start + len(piece.frames),
+        "caption": caption,
+        "transition": piece.transition,
+        "looks": {a.tag: vars(movie.cast[a.tag]) for a in setup.actors},
+        "actors": actors,
+        "place": setup.place,
+        "size": setup.size,
+        "camera": setup.camera,
+    }
 
 
 def _box(look: Look, setup: Setup, actor: Actor, height: int, letterbox: int) -> list[int]:
