@@ -37,7 +37,7 @@ REACH = 4  # pixels by which a character may stand beside its mark
 MARGIN = 4  # pixels from a silhouette to the background that is beside it for sure
 ANYTHING = 0.03  # highest price of a background pixel
 WRONG = 0.06  # highest price of a pixel that a character should explain
-THERE = 0.25  # least confidence of a character that is there; empty sets stay below 0
+THERE = 0.1  # least confidence of a character that is there; on empty sets nothing gets above 0
 PARALLAX = 0.6  # of what the characters move, the set does
 FINALISTS = 16  # looks that are compared at full resolution
 
