@@ -135,6 +135,25 @@ def rename(story: Story, known: tuple[str, ...]) -> list[str]:
     return [re.sub(TAG, lambda found: names[found[0]], shot.caption) for shot in story.shots]
 
 
+def part_loader(
+    name: str, what: str, variable: str, dtype: str, device: str | torch.device
+) -> Callable[[Any, str], Any]:
+    """A function (class, subfolder) → that part of a diffusers folder or hub name, ready for inference.
+
+    Raises:
+        UserError: `name` is a folder that holds no `what`; `variable` is what to set.
+    """
+    local = Path(name).is_absolute() or name.startswith(".") or Path(name).exists()
+    if local and not (Path(name) / "model_index.json").is_file():
+        raise UserError(f"{name}: no {what} is there (no model_index.json); set {variable}")
+
+    def part(kind: Any, folder: str) -> Any:
+        model = kind.from_pretrained(name, subfolder=folder, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+        return model.to(device).eval().requires_grad_(False)
+
+    return part
+
+
 class KeyframePlanner:
     """Plans the keyframes of stories with the parts of a Flux pipeline.
 
@@ -166,15 +185,8 @@ class KeyframePlanner:
         Raises:
             UserError: nothing loadable is there.
         """
-        name, dtype = preset.keyframes.weights, getattr(torch, preset.dtype)
-        local = Path(name).is_absolute() or name.startswith(".") or Path(name).exists()
-        if local and not (Path(name) / "model_index.json").is_file():
-            raise UserError(f"{name}: no Flux pipeline is there (no model_index.json); set CINEMA_KEYFRAME_WEIGHTS")
-
-        def part(kind: Any, folder: str) -> Any:
-            model = kind.from_pretrained(name, subfolder=folder, torch_dtype=dtype, use_safetensors=True)
-            return model.to(device).eval().requires_grad_(False)
-
+        name = preset.keyframes.weights
+        part = part_loader(name, "Flux pipeline", "CINEMA_KEYFRAME_WEIGHTS", preset.dtype, device)
         try:
             transformer = part(InterleavedFluxTransformer, "transformer")
             vae = part(AutoencoderKL, "vae")
@@ -224,7 +236,7 @@ class KeyframePlanner:
             if i in known:
                 image = ImageOps.fit(known[i].convert("RGB"), (self.settings.width, self.settings.height))
             else:
-                tell = _teller(on_progress, done, total, f"keyframe {i + 1} of {len(captions)}")
+                tell = step_teller(on_progress, done, total, f"keyframe {i + 1} of {len(captions)}")
                 image, remembered = self._draw(caption, memory, _generator(seed, i), tell)
                 done += steps
             memory.add(i, image, caption)
@@ -330,5 +342,6 @@ def _generator(seed: int, shot: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def _teller(tell: Progress | None, before: int, total: int, message: str) -> Callable[[int], None] | None:
+def step_teller(tell: Progress | None, before: int, total: int, message: str) -> Callable[[int], None] | None:
+    """`tell` for one of several runs of denoising steps, `before` steps being done; None if nobody is told."""
     return None if tell is None else lambda done: tell(before + done, total, message)

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cinema.config import Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.flow import euler, schedule
-from cinema.keyframes import rename, to_image, to_tensor
+from cinema.keyframes import Progress, part_loader, rename, step_teller, to_image, to_tensor
 from cinema.story import Shot, Story
 
-Progress = Callable[[int, int, str], None]
 TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
 
 
@@ -212,15 +210,8 @@ class Animator:
         Raises:
             UserError: nothing loadable is there.
         """
-        name, dtype = preset.video.weights, getattr(torch, preset.dtype)
-        local = Path(name).is_absolute() or name.startswith(".") or Path(name).exists()
-        if local and not (Path(name) / "model_index.json").is_file():
-            raise UserError(f"{name}: no LTX pipeline is there (no model_index.json); set CINEMA_VIDEO_WEIGHTS")
-
-        def part(kind: Any, folder: str) -> Any:
-            model = kind.from_pretrained(name, subfolder=folder, torch_dtype=dtype, use_safetensors=True)
-            return model.to(device).eval().requires_grad_(False)
-
+        name = preset.video.weights
+        part = part_loader(name, "LTX pipeline", "CINEMA_VIDEO_WEIGHTS", preset.dtype, device)
         try:
             transformer = part(LTXVideoTransformer3DModel, "transformer")
             vae, t5 = part(AutoencoderKLLTXVideo, "vae"), part(T5EncoderModel, "text_encoder")
@@ -263,7 +254,7 @@ class Animator:
         for w, shots in enumerate(windows):
             window = self.window([lengths[i] for i in shots])
             message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
-            tell = _teller(on_progress, w * self.settings.steps, total, message)
+            tell = step_teller(on_progress, w * self.settings.steps, total, message)
             captions = self._captions(story, shots)
             clips = self._draw(
                 window, captions, [keyframes[i] for i in shots], [_generator(seed, i) for i in shots], tell
@@ -356,10 +347,6 @@ def _generator(seed: int, shot: int) -> torch.Generator:
     """Randomness of one shot: on the CPU, so that every device draws the same film."""
     digest = hashlib.blake2b(f"shot {shot} of film {seed}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _teller(tell: Progress | None, before: int, total: int, message: str) -> Callable[[int], None] | None:
-    return None if tell is None else lambda done: tell(before + done, total, message)
 
 
 def _statistics(vae: AutoencoderKLLTXVideo) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
