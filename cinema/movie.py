@@ -225,13 +225,13 @@ def _facts(story: Story, seed: int) -> dict[str, Any]:
 
 def _plan_manifest(story: Story, keyframes: list[Path], preset: Preset, seed: int) -> dict[str, Any]:
     packages = ("cinema", "torch", "diffusers", "transformers", "pillow", "av")
-    return _facts(story, seed) | {
-        "title": story.title,
+    return {
+        "story": story.model_dump(mode="json", exclude_none=True),
+        "seed": seed,
         "preset": asdict(preset) | {name: _portable(asdict(getattr(preset, name))) for name in ("keyframes", "video")},
         "weights": {name: weights_identity(getattr(preset, name).weights) for name in ("keyframes", "video")},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": _device(),
-        "script": story.model_dump(mode="json", exclude_none=True),
         "keyframes": [_told(path) for path in keyframes],
     }
 
@@ -242,7 +242,10 @@ def _film_manifest(
     starts = [sum(counts[:i]) for i in range(len(counts))]
     film: dict[str, Any] = {"file": out.name, "sha256": hashlib.sha256(out.read_bytes()).hexdigest()}
     film |= {"frames": sum(counts), "fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
-    shots = [{"start_frame": start, "frames": count} for start, count in zip(starts, counts, strict=True)]
+    shots = [
+        {"start_frame": start, "end_frame": start + count, "caption": shot.caption}
+        for start, count, shot in zip(starts, counts, story.shots, strict=True)
+    ]  # with the story above, this is ground truth as curation reads it
     return _plan_manifest(story, keyframes, preset, seed) | {"shots": shots, "film": film}
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import cinema.movie
 from cinema.config import Preset
+from cinema.curation import GroundTruthAnnotator
 from cinema.errors import UserError
 from cinema.media import read_frames
 from cinema.movie import animate_storyboard, make_movie, plan_storyboard, weights_identity
@@ -61,7 +62,8 @@ def test_a_film_has_its_shots_and_its_papers(film: Path) -> None:
     assert [k["remembered"] for k in manifest["keyframes"]] == [[], [[0, 4]], [[0, 2], [1, 4]]]
     assert manifest["preset"]["video"]["steps"] == 2 and manifest["seed"] == 5
     assert len(manifest["weights"]["keyframes"]) == len(manifest["weights"]["video"]) == 64
-    assert Story.model_validate(manifest["script"]).shots[1].caption == CAPTIONS[1]
+    assert Story.model_validate(manifest["story"]).shots[1].caption == CAPTIONS[1]
+    assert GroundTruthAnnotator().cast(film) == story().cast  # a film of ours can be curated like a toy film
     with Image.open(film.with_suffix(".storyboard.png")) as picture:
         assert picture.width > 3 * 128
     assert not list(film.parent.rglob(".*part*"))

@@ -4,16 +4,16 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cinema.config import preset
 from cinema.curation.annotate import Annotator
-from cinema.curation.film import Film, FrameReader, probe
-from cinema.curation.frames import Box, find_borders, is_blank, keyframe_image, to_jpeg
-from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline, find_shots
+from cinema.curation.film import Film, probe
+from cinema.curation.scan import Scan, scan_film
+from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT
 from cinema.curation.store import (
     STORE_VERSION,
     CuratedFilm,
@@ -122,60 +122,34 @@ def curate_film(
         return FilmReport(film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
     for stale in out.glob(f".{glob.escape(film.stem)}.*part*"):  # of a run that was killed while writing
         stale.unlink()
-    tell(0.0, "looking for borders")
-    picture, n = find_borders(facts), facts.expected_frames
-    line = find_shots(facts, picture, detector, lambda i: tell(min(0.5, 0.5 * i / n), "finding cuts"))
-    rows = _rows(facts, line, picture, settings["height"], lambda i: tell(min(0.9, 0.5 + 0.4 * i / n), "keyframes"))
+    scan = scan_film(facts, settings["height"], detector, lambda share, message: tell(0.9 * share, message))
     tell(0.9, "captions")
-    asked = [row for row in rows if row.kept]
+    rows, asked = list(scan.rows), [row for row in scan.rows if row.kept]
     captions = annotator.caption(film, asked)
     for row, c in zip(asked, captions, strict=True):
         rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
     write_film(parquet, CuratedFilm(film.name, annotator.cast(film), rows))
-    done = about | _verdict(facts, line, rows, pending=sum(c.retry for c in captions))
+    done = about | _verdict(facts, scan, rows, pending=sum(c.retry for c in captions))
     write_done(done_file, done)
     return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
 
 
-def _rows(film: Film, line: Timeline, picture: Box, height: int, on_frame: Callable[[int], None]) -> list[CuratedShot]:
-    """Every shot with its keyframe, no captions yet; blank and broken ones are set aside."""
-    middles = [line.middle(start, end) for start, end in line.spans()]
-    wanted = set(middles)
-    images: dict[int | None, tuple[bytes | None, str]] = {None: (None, "no frame of it is free of decoding errors")}
-    for frame in FrameReader(film):  # from the start again: seeking lands beside the frame in some containers
-        on_frame(frame.index)
-        if frame.index in wanted:
-            pixels = keyframe_image(frame.image, film, picture, height)
-            images[frame.index] = to_jpeg(pixels), "blank frame" if is_blank(pixels) else ""
-    seconds = [float(pts * film.time_base) for pts in (*line.pts, line.end_pts)]
-    fixed: dict[str, Any] = {f"crop_{side}": at for side, at in asdict(picture).items()}
-    fixed["time_base"] = str(film.time_base)
-    rows = list[CuratedShot]()
-    for (start, end), middle in zip(line.spans(), middles, strict=True):
-        image, reason = images[middle]
-        times: dict[str, Any] = {"start_s": seconds[start], "end_s": seconds[end], "start_frame": start}
-        times |= {"end_frame": end, "keyframe_s": None if middle is None else seconds[middle]}
-        rows.append(CuratedShot(len(rows), **times, **fixed, image=image, kept=not reason, reason=reason))
-    return rows
-
-
-def _verdict(film: Film, line: Timeline, rows: list[CuratedShot], pending: int) -> dict[str, Any]:
+def _verdict(film: Film, scan: Scan, rows: list[CuratedShot], pending: int) -> dict[str, Any]:
     """The part of a done-file that says how it went; `pending` captions are missing for a reason that may pass."""
-    lasts, damaged = float((line.end_pts - line.pts[0]) * film.time_base), sum(line.damaged)
     reasons = []
-    if film.duration_s is not None and lasts < film.duration_s - TOLERANCE_S:
-        reasons.append(f"it ends after {lasts:.2f} s of {film.duration_s:.2f} s")
-    if line.errors or damaged:
-        reasons.append(f"{line.errors} packets and {damaged} frames are damaged")
+    if film.duration_s is not None and scan.lasts_s < film.duration_s - TOLERANCE_S:
+        reasons.append(f"it ends after {scan.lasts_s:.2f} s of {film.duration_s:.2f} s")
+    if scan.errors or scan.damaged:
+        reasons.append(f"{scan.errors} packets and {scan.damaged} frames are damaged")
     if pending:
         reasons.append(f"{pending} captions are missing because of the server")
-    counts = {"frames": len(line.pts), "damaged_frames": damaged, "errors": line.errors, "pending": pending}
+    counts = {"frames": scan.frames, "damaged_frames": scan.damaged, "errors": scan.errors, "pending": pending}
     return {
         "status": "partial" if reasons else "ok",
         "reason": "; ".join(reasons),
         "counts": counts | {"shots": len(rows), "kept": sum(row.kept for row in rows)},
-        "last_pts_s": float(line.pts[-1] * film.time_base),
-        "lasts_s": lasts,
+        "last_pts_s": scan.last_pts_s,
+        "lasts_s": scan.lasts_s,
         "duration_s": film.duration_s,
     }
 

@@ -58,15 +58,15 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Measure the latents' shift and scale on fresh frames, then write the autoencoder's folder."""
-        frames = frames_of_step(self.seed, 10**7, 64, self.height)
-        latents = self.model.vae.encode(frames).latent_dist.mode()
-        moments = {
-            "shift_factor": round(latents.mean().item(), 5),
-            "scaling_factor": round(1 / latents.std().item(), 5),
-        }
-        vae = AutoencoderKL.from_config(self.model.vae.config, **moments)
+        """Whiten the latents, measure their shift and scale on fresh frames, and write the autoencoder's folder."""
+        vae = AutoencoderKL.from_config(self.model.vae.config)
         vae.load_state_dict(plain_state(self.model.vae))
+        frames = frames_of_step(self.seed, 10**7, 64, self.height)
+        whiten(vae, frames)
+        latents = vae.encode(frames).latent_dist.mode()
+        vae.register_to_config(
+            shift_factor=round(latents.mean().item(), 5), scaling_factor=round(1 / latents.std().item(), 5)
+        )
         vae.to(torch.bfloat16).save_pretrained(folder)
 
     @torch.no_grad()
@@ -76,6 +76,29 @@ class AutoencoderTask:
         decoded = self.model.vae.decode(self.model.vae.encode(frames).latent_dist.mode()).sample
         path.parent.mkdir(parents=True, exist_ok=True)
         to_image(rearrange([frames, decoded], "two (y x) c h w -> c (y two h) (x w)", x=3)).save(path)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, frames: Float[Tensor, "n 3 h w"], floor: float = 0.5) -> None:
+    """Decorrelate the latents' channels, by a matrix folded into the encoder's last and the decoder's first layer.
+
+    Decoded pictures stay the same. Without it most of the latents' variance is colour: a frame's palette then shows
+    through almost any noise, and a model that can look does not learn to read it from the caption.
+
+    Args:
+        frames: to measure the channels' covariance on.
+        floor: channels weaker than this share of the median are not amplified beyond it.
+    """
+    latents = rearrange(vae.encode(frames).latent_dist.mode(), "n c y x -> (n y x) c")
+    variances, axes = torch.linalg.eigh(torch.cov(latents.T))
+    deviations = variances.clamp(min=0).sqrt()
+    deviations = deviations.clamp(min=floor * deviations.median().item())
+    forward, back = (axes / deviations) @ axes.T, (axes * deviations) @ axes.T
+    last, first, c = vae.encoder.conv_out, vae.decoder.conv_in, len(axes)
+    last.weight[:c] = torch.einsum("ij,jkyx->ikyx", forward, last.weight[:c])
+    last.bias[:c] = forward @ last.bias[:c]
+    last.bias[c:] += 2 * forward.norm(dim=1).log()  # the log variance, as far as channels are alike
+    first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight, back))
 
 
 class _Kernel(nn.Module):

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPModel, T5EncoderModel
 
@@ -34,30 +34,28 @@ EMPTY = ""
 
 
 class KeyframeLearner(nn.Module):
-    """What is trained: the interleaved transformer and the T5 that reads to it."""
+    """What is trained: the interleaved transformer, called on windows of a story."""
 
-    def __init__(self, transformer: InterleavedFluxTransformer, text_encoder: T5EncoderModel) -> None:
+    def __init__(self, transformer: InterleavedFluxTransformer) -> None:
         super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
+        self.transformer = transformer
 
     def forward(
         self,
         latents: list[Float[Tensor, "b _p _s c"]],
-        words: Int[Tensor, "b pairs t"],
+        text: Float[Tensor, "b pairs t e"],
         pooled: Float[Tensor, "b pairs f"],
         sigma: Float[Tensor, "b pairs"],
         layout: Layout,
     ) -> list[Float[Tensor, "b _p _s c"]]:
         """Velocities of the noised latents, one tensor per level of the layout."""
-        states = self.text_encoder(rearrange(words, "b p t -> (b p) t")).last_hidden_state
-        states = rearrange(states, "(b p) t e -> b p t e", p=words.shape[1])
-        groups = []
+        dtype, groups = self.transformer.proj_out.weight.dtype, []
         for noised, (side, pairs) in zip(latents, layout.by_level(), strict=True):
             groups.append(
                 PairGroup(
-                    latents=noised.to(states.dtype),
-                    text=states[:, pairs],
-                    pooled=pooled[:, pairs].to(states.dtype),
+                    latents=noised.to(dtype),
+                    text=text[:, pairs].to(dtype),
+                    pooled=pooled[:, pairs].to(dtype),
                     sigma=sigma[:, pairs],
                     ids=coordinates(side, layout.sides[-1]),
                     index=torch.tensor(pairs),
@@ -70,7 +68,7 @@ class KeyframeTask:
     """Keyframe planning on toy stories.
 
     Args:
-        vae, clip, t5: folders of the trained autoencoder, CLIP and T5; T5 goes on learning here.
+        vae, clip, t5: folders of the trained autoencoder, CLIP and T5, which stay as they are.
         cache: folder for the encoded stories.
         movies, shots: size of the training set.
         context: share of the newest pairs (the last one excepted) that are nearly clean context.
@@ -102,10 +100,8 @@ class KeyframeTask:
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
         self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
         self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
-        self.model = KeyframeLearner(
-            self._transformer(init) if init else small_flux(**shape),
-            T5EncoderModel.from_pretrained(t5, torch_dtype=torch.float32),
-        )
+        self.t5 = T5EncoderModel.from_pretrained(t5, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.model = KeyframeLearner(self._transformer(init) if init else small_flux(**shape))
         sides = tuple(side for side, _ in self._layout(shots, self.settings.memory_group).by_level())
         self.store = StoryStore(Path(cache), self.vae, seed, movies, shots, sides)
 
@@ -118,8 +114,8 @@ class KeyframeTask:
         noise = [torch.randn(x.shape, generator=noise_rng) for x in latents]
         pairs = [p for _, p in layout.by_level()]
         noised = [add_noise(x, n, sigma[:, p]) for x, n, p in zip(latents, noise, pairs, strict=True)]
-        words, pooled = self._text(captions)
-        predicted = model(noised, words, pooled, sigma, layout)
+        text, pooled = self._text(captions)
+        predicted = model(noised, text, pooled, sigma, layout)
         error, count = torch.zeros(()), 0
         for v, x, n, p in zip(predicted, latents, noise, pairs, strict=True):
             per_pair = (v - velocity(x, n)).square().mean((2, 3))
@@ -134,7 +130,7 @@ class KeyframeTask:
             vae=self.vae,
             text_encoder=self.clip,
             tokenizer=self.clip_tokenizer,  # type: ignore[arg-type]
-            text_encoder_2=self.model.text_encoder,
+            text_encoder_2=self.t5,
             tokenizer_2=self.t5_tokenizer,
             transformer=self.model.transformer.stock(),
         )
@@ -147,11 +143,9 @@ class KeyframeTask:
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Held-out stories as the toy world draws them, each above the same story as this model plans it."""
-        half = copy.deepcopy(self.model).to(torch.bfloat16)
-        text = TextEncoders(
-            self.clip_tokenizer, self.clip, self.t5_tokenizer, half.text_encoder, self.settings.text_tokens
-        )
-        planner = KeyframePlanner(half.transformer, self.vae, text, self.settings)
+        half = copy.deepcopy(self.model.transformer).to(torch.bfloat16)
+        text = TextEncoders(self.clip_tokenizer, self.clip, self.t5_tokenizer, self.t5, self.settings.text_tokens)
+        planner = KeyframePlanner(half, self.vae, text, self.settings)
         rows = []
         for seed in range(4):
             movie = sample_movie(f"heldout/sample/{seed}", stage.pairs)
@@ -185,12 +179,12 @@ class KeyframeTask:
         return torch.where(learns, sigma, clean), learns.float()
 
     @torch.no_grad()
-    def _text(self, captions: list[list[str]]) -> tuple[Int[Tensor, "b p t"], Float[Tensor, "b p f"]]:
+    def _text(self, captions: list[list[str]]) -> tuple[Float[Tensor, "b p t e"], Float[Tensor, "b p f"]]:
         flat = [line for lines in captions for line in lines]
-        words = tokenize(self.t5_tokenizer, flat)
+        states = self.t5(tokenize(self.t5_tokenizer, flat)).last_hidden_state
         pooled = self.clip(tokenize(self.clip_tokenizer, flat)).pooler_output
         p = len(captions[0])
-        return rearrange(words, "(b p) t -> b p t", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
+        return rearrange(states, "(b p) t e -> b p t e", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
 
     @staticmethod
     def _transformer(folder: str) -> InterleavedFluxTransformer:

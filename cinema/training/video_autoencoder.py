@@ -1,8 +1,8 @@
 """The video autoencoder: a small `AutoencoderKLLTXVideo`, trained on clips of the toy world.
 
-Its latents have 64 channels, for 16 x 16 pixels of 4 frames: half of LTX-Video's strides, because toy frames are small
-and a first frame has to be its keyframe. The first latent frame sees the
-first picture only, and the decoder is causal too, so a shot's first frame depends on its keyframe's latent alone.
+Its latents have LTX-Video's 128 channels, for 16 x 16 pixels of 4 frames: half of LTX-Video's strides, because toy
+frames are small and a first frame has to be its keyframe. The first latent frame sees the first picture only, and the
+decoder is causal too, so a shot's first frame depends on its keyframe's latent alone.
 Axes: `b` clips, `t` frames, `f` latent frames, `c` channels, `h w` pixels, `y x` latent grid.
 """
 
@@ -118,12 +118,12 @@ class VideoAutoencoderTask:
 
 
 def small_video_autoencoder(
-    channels: Sequence[int] = (32, 64, 64),
-    layers: Sequence[int] = (1, 1, 1),
-    decoder_channels: Sequence[int] = (32, 64),
-    decoder_layers: Sequence[int] = (1, 1, 1),
-    upsample_factor: Sequence[int] = (1, 2),
-    latent_channels: int = 64,
+    channels: Sequence[int] = (32, 128, 256),
+    layers: Sequence[int] = (1, 0, 0),
+    decoder_channels: Sequence[int] = (32, 128),
+    decoder_layers: Sequence[int] = (1, 1, 0),
+    upsample_factor: Sequence[int] = (1, 4),
+    latent_channels: int = 128,
 ) -> AutoencoderKLLTXVideo:
     """An `AutoencoderKLLTXVideo` with few parameters and half of LTX-Video's strides: 4 frames x 16 x 16 pixels.
 
