@@ -11,11 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
+from einops import rearrange
 from safetensors.torch import load_file
 
 from cinema.errors import UserError
 from cinema.training import make_task, train
-from cinema.training.autoencoder import AutoencoderTask, edge_error, plain_state, psnr, to_image, to_tensor
+from cinema.training.autoencoder import (
+    AutoencoderTask,
+    edge_error,
+    frames_of_step,
+    plain_state,
+    psnr,
+    to_image,
+    to_tensor,
+    whiten,
+)
 from cinema.training.checkpoint import latest_checkpoint
 from cinema.training.config import Stage, TrainConfig, load_config
 from cinema.training.loop import HalfPrecision, run_training
@@ -171,14 +182,32 @@ def test_half_precision_gives_float32_gradients_near_the_full_ones() -> None:
     assert torch.cosine_similarity(a, b, dim=0) > 0.97
 
 
-def test_saved_autoencoder_loads_and_is_the_same(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
+def test_whitening_evens_the_latents_out_and_changes_no_picture(tmp_path: Path) -> None:
+    task, frames = tiny_task(), frames_of_step(1, 0, 8, 32)
+    plain, white = (AutoencoderKL.from_config(task.model.vae.config) for _ in range(2))
+    for vae in (plain, white):
+        vae.load_state_dict(plain_state(task.model.vae))
+    whiten(white, frames)
+    with torch.no_grad():
+        latents = [vae.encode(frames).latent_dist.mode() for vae in (plain, white)]
+        pictures = [vae.decode(x).sample for vae, x in zip((plain, white), latents, strict=True)]
+    torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=1e-3)  # the inverse of a matrix, in float32
+    before, after = (torch.linalg.eigvalsh(torch.cov(rearrange(x, "n c y x -> c (n y x)"))) for x in latents)
+    assert after.max() / after.median() < 1.01 < before.max() / before.median()
 
+
+def test_a_saved_autoencoder_loads_white_and_scaled(tmp_path: Path) -> None:
     task = tiny_task()
     task.save(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float32)
-    for name, value in plain_state(task.model.vae).items():
-        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-2, atol=1e-2)  # saved as bfloat16
+    kept = [k for k in loaded.state_dict() if "encoder.conv_out" not in k and "decoder.conv_in.weight" not in k]
+    own = plain_state(task.model.vae)
+    for name in kept:
+        torch.testing.assert_close(loaded.state_dict()[name], own[name], rtol=1e-2, atol=1e-2)  # saved as bfloat16
+    with torch.no_grad():
+        latents = loaded.encode(frames_of_step(0, 10**7, 64, 32)).latent_dist.mode()
+    scaled = (latents - loaded.config.shift_factor) * loaded.config.scaling_factor
+    assert scaled.mean().abs() < 0.02 and abs(scaled.std() - 1) < 0.02
 
 
 def test_pictures_round_trip() -> None:
