@@ -29,11 +29,13 @@ from cinema.errors import UserError
 from cinema.files import write_json
 from cinema.story import Story, load_story, save_story
 
-STORYLINE_SUFFIXES = (".txt", ".md")
+STORYLINE_SUFFIXES, STORY_SUFFIXES = (".txt", ".md"), (".yaml", ".yml")
 
 Preset = Annotated[str | None, typer.Option(help="toy, small or flux; CINEMA_PRESET if not given, else toy.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=lambda p: _writable(p))
+]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
@@ -56,6 +58,8 @@ def write(
     title: Annotated[str | None, typer.Option(help="Title of the story.")] = None,
 ) -> None:
     """Turn a storyline in plain English into a story, and say what was understood."""
+    if out.suffix.lower() not in STORY_SUFFIXES:
+        raise UserError(f"{out}: a story is written as YAML; give a name that ends in .yaml")
     story = _written(storyline, title, Console(highlight=False))
     save_story(story, out)
     _say(f"{out}: {_count(story.shots, 'shot')}, {_count(story.cast, 'character')}, {_count(story.sets, 'set')}")
@@ -216,7 +220,8 @@ def _weights() -> dict[str, str]:
 
     def here(name: str) -> bool:
         if Path(name).is_absolute() or Path(name).is_dir():
-            return (Path(name) / "model_index.json").is_file()
+            index = (Path(name) / "model_index.json").is_file()
+            return index and any(Path(name).glob("transformer/*.safetensors"))
         return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
     facts = {}
@@ -269,6 +274,16 @@ def _written(path: Path, title: str | None, console: Console) -> Story:
         if lines:
             console.print(f"{heading}:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
     return written.story
+
+
+def _writable(path: Path | None) -> Path | None:
+    """The path, if a file can be written there: asked before the work, not after it."""
+    if path is None:
+        return None
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path}: figures cannot be written there; give a file in a folder that can be written to")
+    return path
 
 
 def _figures(result: Any, path: Path | None) -> None:

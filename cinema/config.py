@@ -178,8 +178,8 @@ def preset(name: str | None = None) -> Preset:
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
     chosen = PRESETS[name]
-    keyframes = os.environ.get("CINEMA_KEYFRAME_WEIGHTS", chosen.keyframes.weights)
-    video = os.environ.get("CINEMA_VIDEO_WEIGHTS", chosen.video.weights)
+    keyframes = os.environ.get("CINEMA_KEYFRAME_WEIGHTS") or chosen.keyframes.weights
+    video = os.environ.get("CINEMA_VIDEO_WEIGHTS") or chosen.video.weights
     return replace(
         chosen,
         keyframes=replace(chosen.keyframes, weights=keyframes),

@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cinema.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise."""
+    """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
+
+    A link is followed: the file that it names is replaced.
+
+    Raises:
+        UserError: `path` is a folder, a device or anything else that is no file.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no ordinary file, and would be replaced by one; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{os.getpid()}{path.suffix}")
     try:
@@ -20,6 +31,12 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, stem: str = "*") -> None:
+    """Remove the temporary files that killed runs left in a folder, for names that begin with `stem`."""
+    for stale in folder.glob(f".{stem}.part*"):
+        stale.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

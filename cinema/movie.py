@@ -7,24 +7,26 @@ picture depends on its inputs and its seed alone, the film is the same.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
 from cinema.config import WEIGHTS, Preset
 from cinema.errors import UserError
-from cinema.files import atomic, write_json
-from cinema.keyframes import Keyframe, KeyframePlanner, rename
+from cinema.files import atomic, sweep, write_json
+from cinema.keyframes import Keyframe, KeyframePlanner, part_loader, rename
 from cinema.media import FilmWriter
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
@@ -88,13 +90,12 @@ def plan_storyboard(
         UserError: as `make_movie`.
     """
     rename(story, preset.tags)  # fails early where the cast is too large
-    settings, names = asdict(preset.keyframes), ("weights",)
     facts = _facts(story, seed) | {
-        "settings": _without(settings, names),
+        "settings": _without(asdict(preset.keyframes), ("weights",)),
         "weights": weights_identity(preset.keyframes.weights),
     }
-    with _mended(out_dir):
-        _claim(out_dir, "plan", facts, ("story.yaml", "keyframes", "storyboard.png", "manifest.json"))
+    names = ("story.yaml", "keyframes", "storyboard.png", "manifest.json")
+    with _mended(out_dir), _claimed(out_dir, "plan", facts, names):
         paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
         known = {i: image for i, path in enumerate(paths) if (image := _read(path)) is not None}
         if len(known) < len(paths):
@@ -129,12 +130,12 @@ def animate_storyboard(
 
 
 def weights_identity(name: str) -> str:
-    """What tells weights apart: the SHA-256 of a local folder's safetensors files, or a hub name as it is."""
+    """What tells weights apart: the SHA-256 of a local folder's weights and settings, or a hub name as it is."""
     folder = Path(name)
     if not folder.is_dir():
         return name
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model")):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -156,10 +157,12 @@ def _animate(
         "weights": weights_identity(preset.video.weights),
         "keyframes": [hashlib.sha256(image.tobytes()).hexdigest() for image in images],
     }
-    with _mended(out):
-        _claim(work, "film", facts, ("shots",))
+    with _mended(out), _claimed(work, "film", facts, ("shots",)):
+        sweep(out.parent, glob.escape(out.stem))
         paths = [work / "shots" / f"{i:03d}.tiff" for i in range(len(story.shots))]
-        known = {i for i, path in enumerate(paths) if path.is_file()}
+        known = {
+            i for i, path in enumerate(paths) if _is_whole(path, shot_frames(story.shots[i], preset.video), preset)
+        }
         if len(known) < len(paths):
             animator = Animator.from_preset(preset, _device())
             for index, frames in animator.animate(story, images, seed, on_progress, known):
@@ -184,13 +187,51 @@ def _join(shots: list[Path], out: Path, preset: Preset) -> list[int]:
     return counts
 
 
+def _is_whole(path: Path, count: int, preset: Preset) -> bool:
+    """Whether a shot's file holds all its frames; one that was cut off or changed is made again."""
+    try:
+        with catch_warnings(action="ignore"), Image.open(path) as shot:
+            shot.seek(count - 1)
+            shot.load()
+            return getattr(shot, "n_frames", 1) == count and shot.size == (preset.video.width, preset.video.height)
+    except (OSError, EOFError, ValueError, TypeError, SyntaxError):  # what Pillow raises for broken TIFFs
+        return False
+
+
 def _check(story: Story, out: Path, preset: Preset) -> None:
     """What can be found wrong before the work."""
+    part_loader(preset.video.weights, "LTX pipeline", "CINEMA_VIDEO_WEIGHTS", preset.dtype, _device())
+    manifest = out.with_suffix(".json")
+    if manifest.exists() and not _is_manifest_of(out, manifest):
+        raise UserError(f"{manifest}: is not this film's manifest, which would replace it; give the film another name")
     FilmWriter(out, preset.video.width, preset.video.height, preset.video.fps)
     for shot in story.shots:
         shot_frames(shot, preset.video)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the film a name of its own")
+
+
+def _is_manifest_of(film: Path, manifest: Path) -> bool:
+    try:
+        return bool(json.loads(manifest.read_text(encoding="utf-8"))["film"]["file"] == film.name)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+@contextmanager
+def _claimed(folder: Path, kind: str, facts: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[None]:
+    """Work in a folder that is ours; given back if the work fails before anything is there."""
+    job = folder / f"{kind}.job.json"
+    new = not job.exists()
+    _claim(folder, kind, facts, names)
+    for place in (folder, *(folder / name for name in names)):
+        sweep(place)
+    try:
+        yield
+    except UserError:
+        if new and not any((folder / name).exists() for name in names):
+            job.unlink()
+        raise
 
 
 def _claim(folder: Path, kind: str, facts: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -209,6 +250,7 @@ def _claim(folder: Path, kind: str, facts: Mapping[str, Any], names: tuple[str, 
         held = json.loads(job.read_text(encoding="utf-8"))
     except ValueError:
         held = {}
+    held = held if isinstance(held, dict) else {}
     if other := [name for name in facts if held.get(name) != facts[name]]:
         raise UserError(
             f"{folder} holds work of another film (its {' and '.join(other)} differ); "
@@ -254,7 +296,9 @@ def _told(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
         text = image.info
     told = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return told | {k: json.loads(text[k]) for k in ("caption", "remembered") if k in text}
+    with suppress(ValueError):  # a picture from elsewhere may use the same words for something else
+        told |= {k: json.loads(text[k]) for k in ("caption", "remembered") if k in text}
+    return told
 
 
 def _write_keyframe(keyframe: Keyframe, path: Path) -> None:
@@ -286,7 +330,7 @@ def _read(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (FileNotFoundError, UnidentifiedImageError, OSError):
+    except (OSError, Image.DecompressionBombError):  # missing, no picture, cut off, or far too large
         return None
 
 

@@ -8,7 +8,7 @@ shots can be drawn right only by whoever remembers.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +17,9 @@ from cinema.errors import UserError
 
 TAG = re.compile(r"<[a-z][a-z0-9_-]*>")
 MAX_SHOTS = 5_000
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 Tag = Annotated[str, Field(pattern=rf"^{TAG.pattern}$", description="a name in angle brackets, e.g. <ada>")]
 
@@ -62,7 +64,7 @@ class Shot(_Model):
 
     caption: str = Field(min_length=1, max_length=4_000)
     set: str | None = None
-    duration: float = Field(default=2.125, gt=0, le=600, description="seconds")
+    duration: float = Field(default=2.125, gt=0, le=600, strict=True, description="seconds")
     keyframe: str | None = None
     clip: str | None = None
     source: Source | None = None
@@ -71,6 +73,13 @@ class Shot(_Model):
     def tags(self) -> list[str]:
         """Tags of the caption, in order of appearance, each once."""
         return list(dict.fromkeys(TAG.findall(self.caption)))
+
+    @field_validator("caption")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip() or _CONTROL.search(value):
+            raise ValueError("the caption is blank or holds control characters; say in words what is seen")
+        return value
 
     @field_validator("keyframe", "clip")
     @classmethod
@@ -83,7 +92,7 @@ class Shot(_Model):
 class Story(_Model):
     """A whole story; see the module's text. Every tag in a caption is in the cast, every shot's set is listed."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     title: str = Field(min_length=1, max_length=200)
     cast: list[Character] = []
     sets: list[Place] = []
@@ -94,7 +103,13 @@ class Story(_Model):
         tags = [c.tag for c in self.cast]
         if twice := {t for t in tags if tags.count(t) > 1}:
             raise ValueError(f"the cast lists {', '.join(sorted(twice))} twice; give each character one entry")
-        places = {p.name for p in self.sets}
+        names = [p.name for p in self.sets]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"the sets list {min(twice)!r} twice; give each set one entry")
+        for i, character in enumerate(self.cast):
+            if unknown := [t for t in TAG.findall(character.description) if t not in tags]:
+                raise ValueError(f"cast.{i}: {unknown[0]} is not in the cast; add it there or correct the tag")
+        places = set(names)
         for i, shot in enumerate(self.shots):
             if unknown := [t for t in shot.tags if t not in tags]:
                 raise ValueError(f"shots.{i}: {unknown[0]} is not in the cast; add it there or correct the tag")
@@ -138,11 +153,15 @@ def parse_story(text: str, name: str = "story") -> Story:
     try:
         node = yaml.compose(text, Loader=yaml.CSafeLoader)
         data = yaml.load(text, Loader=yaml.CSafeLoader)
-    except yaml.YAMLError as error:
+        twice = next(_repeated(node), None)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", error)
         raise StoryError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
+    if twice is not None:
+        line = twice.start_mark.line + 1
+        raise StoryError(f"{name}, line {line}: {_short(twice.value)} stands there a second time; keep one of them")
     if not isinstance(data, dict):
         raise StoryError(f"{name}: not a story; it needs title, cast, sets and shots")
     try:
@@ -163,8 +182,8 @@ def _one_sentence(name: str, node: yaml.Node | None, error: ValidationError) -> 
     first = error.errors(include_url=False)[0]
     steps: list[Any] = list(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if not steps and (found := re.match(r"shots\.(\d+): ", message)):
-        steps, message = ["shots", int(found[1])], message[found.end() :]
+    if not steps and (found := re.match(r"(shots|cast)\.(\d+): ", message)):
+        steps, message = [found[1], int(found[2])], message[found.end() :]
     if first["type"] == "too_long" and steps == ["shots"]:
         message = f"{len(first['input'])} shots; a story holds at most {MAX_SHOTS}, split it"
     elif first["type"] == "too_short" and steps == ["shots"]:
@@ -174,10 +193,16 @@ def _one_sentence(name: str, node: yaml.Node | None, error: ValidationError) -> 
     elif first["type"] == "extra_forbidden":
         message = "is not a known key; remove or correct it"
     elif "input" in first and not isinstance(first["input"], dict | list) and first["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, not {_short(first['input'])}"
     where = ".".join(str(s) for s in steps)
     line = _line_of(node, steps)
     return f"{name}{f', line {line}' if line else ''}: {where + ': ' if where else ''}{message}"
+
+
+def _short(value: object) -> str:
+    """Input as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _line_of(node: yaml.Node | None, steps: list[Any]) -> int | None:
@@ -187,6 +212,20 @@ def _line_of(node: yaml.Node | None, steps: list[Any]) -> int | None:
             break
         node = child
     return node.start_mark.line + 1 if node is not None else None
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    """Keys that their mapping has had before: YAML lets the last win, and the first would be lost unsaid."""
+    waiting, known = [node] if node is not None else [], set[int]()  # a node may stand in many places, or in itself
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known or not isinstance(node, yaml.CollectionNode):
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [(key.tag, str(key.value)) for key, _ in node.value]
+            yield from (key for i, (key, _) in enumerate(node.value) if keys[i] in set(keys[:i]))
+        waiting += [child[1] if isinstance(child, tuple) else child for child in node.value]
 
 
 def _children(node: yaml.Node | None, step: Any) -> Iterator[yaml.Node]:

@@ -128,6 +128,7 @@ class StorylineReader:
         self.doers: list[str] = []  # who acted last
         self.said: dict[str, str] = {}  # tag -> she, he or it
         self.nouns: dict[str, str] = {}  # "fox" -> tag
+        self.tags_of: dict[str, str] = {}  # "Ada" or "fox", in lower case -> tag
         self.beats: list[Beat] = []
         self.understood: list[str] = []
         self.left_out: list[str] = []
@@ -251,7 +252,12 @@ class StorylineReader:
     def _tag(self, name: str) -> str:
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
         plain = re.sub(r"[^a-z0-9_-]", "", plain).lstrip("0123456789_-")
-        return f"<{plain or TOY_NAMES[zlib.crc32(name.encode()) % len(TOY_NAMES)]}>"
+        first = zlib.crc32(name.encode()) % len(TOY_NAMES)
+        others = (*TOY_NAMES[first:], *TOY_NAMES[:first])  # for names that leave nothing, or what another has
+        wanted = [f"<{word}>" for word in (plain, *others) if word]
+        key = name.casefold()
+        taken = {tag for known, tag in self.tags_of.items() if known != key}
+        return self.tags_of.setdefault(key, next((tag for tag in wanted if tag not in taken), wanted[0]))
 
     def _invent(self) -> str:
         tag = next(t for t in (f"<{n}>" for n in TOY_NAMES) if t not in self.cast)

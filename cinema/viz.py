@@ -29,23 +29,30 @@ def film_strip(
     """
     if not images or (captions is not None and len(captions) != len(images)):
         raise ValueError(f"{len(images)} pictures and {len(captions or [])} captions: give a caption each, or none")
-    frames = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
-    height = round(width * frames[0].height / frames[0].width)
-    lines = _wrapped(captions, width) if captions is not None else [[] for _ in frames]
+    first = _frame(images[0])
+    height = round(width * first.height / first.width)
+    lines = _wrapped(captions, width) if captions is not None else [[] for _ in images]
     font, number = ImageFont.load_default(11), ImageFont.load_default(10)
     cell = height + (6 + 14 * max(map(len, lines)) if captions is not None else 0)
-    columns = min(columns, len(frames))
-    rows = -(-len(frames) // columns)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (cell + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, (frame, text) in enumerate(zip(frames, lines, strict=True)):
+    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (cell + GAP)
-        sheet.paste(frame.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(_frame(image).resize((width, height), Image.Resampling.LANCZOS), (x, y))
         for j, line in enumerate(text):
             draw.text((x + (22 if j == 0 else 0), y + height + 4 + 14 * j), line.strip(), INK, font)
         if text:
             draw.text((x, y + height + 5), str(i + 1), FAINT, number)
     return sheet
+
+
+def _frame(image: Image.Image | Path | str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    with Image.open(image) as file:  # one open file at a time: a story has thousands of shots
+        return file.convert("RGB")
 
 
 def _wrapped(captions: Sequence[str], width: int) -> list[list[str]]:

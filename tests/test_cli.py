@@ -185,3 +185,18 @@ def test_doctor_says_what_is_here_and_no_secret(tmp_path, capsys, monkeypatch):
     assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
     assert json.loads((tmp_path / "d.json").read_text())["preset toy"] == "weights present"
     assert "secret" not in capsys.readouterr().out
+
+
+def test_figures_that_cannot_be_kept_are_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file" / "figures.json"):
+        assert main(["doctor", "--json", str(path)]) == 1
+        said = capsys.readouterr()
+        assert "figures cannot be written there" in said.err and not said.out
+
+
+def test_a_story_is_written_as_yaml_and_never_over_its_storyline(tmp_path, capsys):
+    line = tmp_path / "line.txt"
+    line.write_text("Ada walks through the forest.")
+    assert main(["write", str(line), "-o", str(line)]) == 1
+    assert "ends in .yaml" in capsys.readouterr().err and line.read_text() == "Ada walks through the forest."

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -6,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cinema.files import atomic, write_json, write_text
+from cinema.errors import UserError
+from cinema.files import atomic, sweep, write_json, write_text
 
 
 def test_text_and_json_come_back_as_written(tmp_path: Path):
@@ -45,3 +47,24 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path):
     assert path.read_text() == "old"
     write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_link_is_followed_and_what_is_no_file_is_refused(tmp_path: Path):
+    write_text(tmp_path / "real.txt", "old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(UserError, match="no ordinary file"):
+            write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_sweeping_removes_what_killed_runs_left_and_nothing_else(tmp_path: Path):
+    for name in (".a.part1.mp4", ".b.part22.mp4", "a.mp4", ".a.mp4", "a.part1.mp4"):
+        (tmp_path / name).touch()
+    sweep(tmp_path, "a")
+    assert not (tmp_path / ".a.part1.mp4").exists() and (tmp_path / ".b.part22.mp4").exists()
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.mp4", "a.mp4", "a.part1.mp4"]

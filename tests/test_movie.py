@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_video
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import cinema.movie
 from cinema.config import Preset
@@ -166,6 +167,48 @@ def test_bad_places_are_one_sentence(preset: Preset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         make_movie(story(), tmp_path / "folder.mp4", preset)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_a_json_that_is_not_this_films_manifest_is_not_replaced(film: Path, preset: Preset, tmp_path: Path) -> None:
+    for name, text in (("film.json", '{"title": "my story"}'), ("other.json", film.with_suffix(".json").read_text())):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="give the film another name"):
+            make_movie(story(), (tmp_path / name).with_suffix(".mp4"), preset)
+        assert (tmp_path / name).read_text() == text
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_start_that_failed_leaves_the_folder_free(preset: Preset, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text("{}")
+    for part in ("keyframes", "video"):
+        wrong = replace(preset, **{part: replace(getattr(preset, part), weights=str(broken))})
+        with pytest.raises(UserError, match="cannot be loaded"):
+            make_movie(story(), tmp_path / "film.mp4", wrong)
+    assert make_movie(story(CAPTIONS[:1]), tmp_path / "one.mp4", preset).film.is_file()
+    assert not list((tmp_path / "film.work").glob("film.job.json"))
+
+
+def test_a_shot_that_was_cut_off_is_made_again(film: Path, preset: Preset) -> None:
+    before, work = film.read_bytes(), film.with_name("film.work")
+    whole = (work / "shots" / "001.tiff").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        (work / "shots" / "001.tiff").write_bytes(damaged)
+        assert make_movie(story(), film, preset, seed=5).film.read_bytes() == before
+    with Image.open(work / "shots" / "000.tiff") as shot:
+        shot.save(work / "shots" / "001.tiff")  # one frame instead of nine
+    assert make_movie(story(), film, preset, seed=5).film.read_bytes() == before
+    assert (work / "shots" / "001.tiff").read_bytes() == whole
+
+
+def test_a_keyframe_from_elsewhere_may_say_what_it_likes(preset: Preset, tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("caption", "not JSON")
+    Image.new("RGB", (128, 64), "red").save(tmp_path / "mine.png", pnginfo=text)
+    save_story(Story(title="mine", shots=[Shot(caption="a wall", keyframe="mine.png")]), tmp_path / "story.yaml")
+    manifest = json.loads(animate_storyboard(tmp_path, tmp_path / "film.mp4", preset).manifest.read_text())
+    assert set(manifest["keyframes"][0]) == {"file", "sha256"}
 
 
 def test_a_full_disk_is_one_sentence_and_finished_shots_stay(

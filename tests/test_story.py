@@ -58,6 +58,13 @@ def test_json_is_a_story_too():
         ("{tag: <ada>", "{tag: Ada", 3, "tag"),
         ("- {tag", "- {tag: <ada>}\n  - {tag", None, "lists <ada> twice"),
         ("    caption: \"wide", "    keyframe: ../../secret.png\n    caption: \"wide", 8, "leaves the story's folder"),
+        ("title: A walk", "title: A walk\ntitle: A run", 2, "'title' stands there a second time"),
+        ("title: A walk", "title: 2020-13-45", None, "month must be in 1..12"),
+        ("- {name: forest}", "- {name: forest}\n  - {name: forest}", None, "list 'forest' twice"),
+        ("sets:", "  - {tag: <cy>, description: friend of <zed>}\nsets:", 4, "<zed> is not in the cast"),
+        ('"close', '"x"\n    duration: true\n    keyframe: "close', 10, "valid number, not True"),
+        ('"close', '" "\n    keyframe: "close', 9, "the caption is blank"),
+        ("title: A walk", "schema_version: 99\ntitle: A walk", 1, "schema_version"),
         ("    caption: \"wide", "    clip: /etc/passwd\n    caption: \"wide", 8, "leaves the story's folder"),
     ],
 )  # fmt: skip
@@ -81,6 +88,17 @@ def test_the_number_of_shots_is_bounded_on_both_sides():
         parse_story("title: long\nshots:\n" + "  - {caption: x}\n" * 10_000)
     with pytest.raises(StoryError, match="at least one shot"):
         parse_story("title: short\nshots: []\n")
+
+
+def test_long_input_is_cut_and_a_story_that_holds_itself_is_refused():
+    with pytest.raises(StoryError) as error:
+        parse_story(f"title: t\nshots: [{{caption: x, duration: {'y' * 9_999}}}]\n")
+    assert len(str(error.value)) < 200
+    with pytest.raises(StoryError):
+        parse_story("title: t\nshots: &a [*a]\n")
+    bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(40))
+    with pytest.raises(StoryError, match="a0: is not a known key"):
+        parse_story(f"{bomb}title: t\nshots: [{{caption: x}}]\n")
 
 
 def test_yaml_cannot_make_objects():

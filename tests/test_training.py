@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -30,8 +31,16 @@ from cinema.training.autoencoder import (
 from cinema.training.checkpoint import latest_checkpoint
 from cinema.training.config import Stage, TrainConfig, load_config
 from cinema.training.loop import HalfPrecision, run_training
-from cinema.training.stories import sample_shots
-from cinema.training.text import make_tokenizer, tokenize, vocabulary
+from cinema.training.stories import fingerprint, sample_shots
+from cinema.training.text import (
+    T5Task,
+    cued_facts,
+    make_tokenizer,
+    ordered_facts,
+    shot_captions,
+    tokenize,
+    vocabulary,
+)
 
 TINY = {"height": 32, "channels": [8, 8, 8, 8], "latent_channels": 4}
 
@@ -216,6 +225,50 @@ def test_pictures_round_trip() -> None:
     assert psnr(frames, frames * 0.9) > 15 and edge_error(frames, frames + 0.1).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_t5_is_asked_what_a_caption_says_and_told_only_the_cues() -> None:
+    line = "wide shot, forest. <ada> right, jumping: red round, crown. <bo> left, standing. pan left."
+    told = [
+        "left",
+        "standing",
+        "<bo>",
+        "right",
+        "red",
+        "round",
+        "crown",
+        "jumping",
+        "<ada>",
+        "forest",
+        "wide",
+        "pan",
+        "left",
+        "<|end|>",
+    ]
+    assert ordered_facts(line) == [(word, True) for word in told]
+    seen = set()
+    for seed in range(40):
+        facts = cued_facts(line, random.Random(seed))
+        cues = tuple(word for word, asked in facts if not asked)
+        assert sorted(word for word, _ in facts) == sorted(told) and len(cues) == 2
+        assert {{"<ada>": 0, "right": 0, "<bo>": 1, "left": 1}[cue] for cue in cues} == {0, 1}
+        seen.add(cues)
+    assert len(seen) == 8  # two orders, and for both characters name or place
+
+
+def test_t5_answers_are_scored_where_they_are_asked_for() -> None:
+    task = T5Task(0, None, ordered=1)
+    loss, figures = task.loss(task.model, Stage(steps=2, batch=4), step=1)
+    captions, rng = shot_captions(0, 1, 4), random.Random("cues/0/1")
+    told = [cued_facts(caption, rng) for caption in captions]
+    words, target = tokenize(task.tokenizer, captions), []
+    rows = [task.tokenizer.convert_tokens_to_ids([word for word, _ in facts]) for facts in told]
+    for row, facts in zip(rows, told, strict=True):
+        one = task.model(input_ids=words[len(target)][None], decoder_input_ids=torch.tensor([[0, *row[:-1]]])).logits[0]
+        asked = torch.tensor([asked for _, asked in facts])
+        target.append(torch.nn.functional.cross_entropy(one[asked], torch.tensor(row)[asked], reduction="none"))
+    torch.testing.assert_close(loss, torch.cat(target).mean(), rtol=1e-4, atol=1e-4)
+    assert figures["exact"] == 0
+
+
 def test_tokenizers_know_the_shot_list_and_spell_the_rest() -> None:
     t5, clip = make_tokenizer(start=False), make_tokenizer(start=True)
     line = "wide shot, forest. <ada> left, jumping: red round, crown. pan left."
@@ -235,3 +288,28 @@ def test_windows_are_ordered_and_inside_the_film() -> None:
         assert len(shots) == 8 and shots == sorted(set(shots)) and shots[0] >= 0 and shots[-1] < 12
         seen.add(tuple(shots))
     assert len(seen) > 50  # strided windows: far more than the 5 consecutive ones
+
+
+def test_a_missing_part_is_one_sentence(tmp_path: Path) -> None:
+    options = {"vae": str(tmp_path / "vae"), "clip": "x", "t5": "x", "cache": "x"}
+    with pytest.raises(UserError, match=r"there is no folder 'vae: .*train that part first"):
+        make_task("keyframes", 0, None, options)
+    with pytest.raises(UserError, match="12 pairs, but the films have 8 shots"):
+        sample_shots(random.Random(0), 8, 12)
+
+
+def test_a_log_that_was_cut_in_half_does_not_stop_a_run(tmp_path: Path) -> None:
+    run_training(settings(), tiny_task(), tmp_path / "run", resume=False)
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 9, "lo')
+    (tmp_path / "run" / "config.json").write_text('{"task": "auto')
+    assert run_training(settings(), tiny_task(), tmp_path / "run", resume=True).step == 8
+    assert all(json.loads(line)["step"] <= 8 for line in log.read_text().splitlines())
+
+
+def test_a_cache_belongs_to_its_encoder() -> None:
+    one, other = (tiny_task().model.vae for _ in range(2))
+    assert fingerprint(one, 8) == fingerprint(other, 8) != fingerprint(one, 5)
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    assert fingerprint(one, 8) != fingerprint(other, 8)

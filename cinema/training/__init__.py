@@ -29,14 +29,20 @@ def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
     """The task of that name.
 
     Raises:
-        UserError: there is no such task, or it does not know an option.
+        UserError: there is no such task, it does not know an option, or a folder that it needs cannot be loaded.
     """
     if name not in TASKS:
         raise UserError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
     module, kind = TASKS[name].split(":")
+    folders = {key: options.get(key) for key in ("vae", "clip", "t5", "keyframes")} | {"init": init}
+    if missing := [f"{key}: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]:
+        raise UserError(f"task {name}: there is no folder {missing[0]!r}; train that part first, or correct the path")
     try:
         return getattr(import_module(module), kind)(seed=seed, init=init, **options)
     except TypeError as error:
         if "argument" not in str(error):
             raise  # a fault of ours, not of the options
         raise UserError(f"task {name}: {error}; correct the options") from None
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise UserError(f"task {name}: {reason}; train that part first, or correct the options") from None

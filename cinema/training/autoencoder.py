@@ -95,9 +95,10 @@ def whiten(vae: AutoencoderKL, frames: Float[Tensor, "n 3 h w"], floor: float = 
     deviations = deviations.clamp(min=floor * deviations.median().item())
     forward, back = (axes / deviations) @ axes.T, (axes * deviations) @ axes.T
     last, first, c = vae.encoder.conv_out, vae.decoder.conv_in, len(axes)
+    bias = last.get_parameter("bias")
     last.weight[:c] = torch.einsum("ij,jkyx->ikyx", forward, last.weight[:c])
-    last.bias[:c] = forward @ last.bias[:c]
-    last.bias[c:] += 2 * forward.norm(dim=1).log()  # the log variance, as far as channels are alike
+    bias[:c] = forward @ bias[:c]
+    bias[c:] += 2 * forward.norm(dim=1).log()  # the log variance, as far as channels are alike
     first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight, back))
 
 

@@ -96,9 +96,9 @@ def load_config(path: Path) -> TrainConfig:
         return TrainConfig.model_validate(data)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; give the path of a training config in YAML") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it there") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(x) for x in first["loc"]) or "the file"
         raise UserError(f"{path}: {where}: {first['msg'].lower()}; correct it there") from None
+    except (yaml.YAMLError, ValueError, OSError) as error:  # not text, or a date that cannot be
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it there") from None

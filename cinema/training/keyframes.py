@@ -57,7 +57,7 @@ class KeyframeLearner(nn.Module):
                     text=text[:, pairs].to(dtype),
                     pooled=pooled[:, pairs].to(dtype),
                     sigma=sigma[:, pairs],
-                    ids=coordinates(side, layout.sides[-1]),
+                    ids=coordinates(side, layout.sides[-1]).to(noised.device),
                     index=torch.tensor(pairs),
                 )
             )
@@ -115,7 +115,9 @@ class KeyframeTask:
         pairs = [p for _, p in layout.by_level()]
         noised = [add_noise(x, n, sigma[:, p]) for x, n, p in zip(latents, noise, pairs, strict=True)]
         text, pooled = self._text(captions)
-        predicted = model(noised, text, pooled, sigma, layout)
+        device = next(model.parameters()).device
+        told = (x.to(device) for x in (text, pooled, sigma))
+        predicted = [v.cpu() for v in model([x.to(device) for x in noised], *told, layout)]
         error, count = torch.zeros(()), 0
         for v, x, n, p in zip(predicted, latents, noise, pairs, strict=True):
             per_pair = (v - velocity(x, n)).square().mean((2, 3))
@@ -143,7 +145,7 @@ class KeyframeTask:
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Held-out stories as the toy world draws them, each above the same story as this model plans it."""
-        half = copy.deepcopy(self.model.transformer).to(torch.bfloat16)
+        half = copy.deepcopy(self.model.transformer).bfloat16()
         text = TextEncoders(self.clip_tokenizer, self.clip, self.t5_tokenizer, self.t5, self.settings.text_tokens)
         planner = KeyframePlanner(half, self.vae, text, self.settings)
         rows = []

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cinema.errors import UserError
+from cinema.files import write_json, write_text
 from cinema.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.optim import make_optimizers
@@ -70,8 +71,9 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
         UserError: `out` holds another run, or the loss is not a number any more.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    run = _start(config, task, out, resume)
     task.model.to(accelerator.device)
+    run = _start(config, task, out, resume)
+    run.ema = {k: v.to(accelerator.device) for k, v in run.ema.items()}
     learner = HalfPrecision(task.model) if config.precision == "bf16" else task.model
     model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
     with closing(_Log(out, run.step)) as log:
@@ -120,12 +122,12 @@ class averaged:
 def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
     out.mkdir(parents=True, exist_ok=True)
     told, kept = config.model_dump(mode="json"), out / "config.json"
-    if kept.exists() and json.loads(kept.read_text()) != told:
+    if _read_json(kept.read_text() if kept.exists() else "", told) != told:
         raise UserError(f"{out} holds a run with another config; choose another folder or remove it")
     newest = latest_checkpoint(out)
     if newest and not resume:
         raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
-    kept.write_text(json.dumps(told, indent=2))
+    write_json(kept, told)
     ema = {k: v.detach().clone() for k, v in task.model.state_dict().items()}
     run = Run(config, task, out, make_optimizers(config, task.model), ema)
     if newest:
@@ -186,6 +188,14 @@ def _average(run: Run) -> None:
     torch._foreach_lerp_([run.ema[k] for k in floats], [own[k] for k in floats], 1 - decay)
 
 
+def _read_json(text: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """What a file or a line says; `otherwise` if it was cut in half by a crash."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        return otherwise
+
+
 class _Log:
     """JSON lines and TensorBoard side by side; lines after the resumed step are dropped first."""
 
@@ -194,7 +204,8 @@ class _Log:
 
         path = out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
+        kept = [line for line in lines if _read_json(line, {"step": step + 1})["step"] <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 

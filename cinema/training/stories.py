@@ -3,6 +3,7 @@
 Axes: `n` movies, `m` shots of a movie, `s` tokens of a level, `c` channels of a token.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from jaxtyping import BFloat16, Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from cinema.errors import UserError
 from cinema.files import atomic
 from cinema.goldenmem import shrink
 from cinema.keyframes import encode_frames
@@ -30,7 +32,7 @@ class StoryStore:
     """Latents of toy movies at several levels; shard files appear whole, so a killed run goes on where it was.
 
     Args:
-        folder: where the shards are; they belong to one autoencoder and one seed.
+        folder: where the shards are; each names the autoencoder and the levels that it belongs to, and the seed.
         vae: encodes the frames.
         movies, shots: how many movies there are, and shots in each.
         sides: short sides of the levels, in patches of 16 pixels; the first is the frame's own.
@@ -57,8 +59,9 @@ class StoryStore:
         return told.captions(), {side: latents[index, shots] for side, latents in self.latents.items()}
 
     def _shards(self) -> Iterator[Path]:
+        key = fingerprint(self.vae, self.sides)
         for start in range(0, self.movies, SHARD):
-            path = self.folder / f"stories-{self.seed}-{self.shots}-{start:06d}.safetensors"
+            path = self.folder / f"stories-{key}-{self.seed}-{self.shots}-{start:06d}.safetensors"
             if not path.exists():
                 frames = [render(m, s) for i in range(start, start + SHARD) for m in [self.movie(i)] for s in m.shots]
                 levels = {str(side): self._encode(to_tensor(frames), side) for side in self.sides}
@@ -72,13 +75,28 @@ class StoryStore:
         return rearrange(tokens, "(n m) s c -> n m s c", m=self.shots).to(torch.bfloat16).contiguous()
 
 
+def fingerprint(encoder: nn.Module, *settings: object) -> str:
+    """What tells encoders apart: a digest of a model's weights, and of anything else that latents depend on."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @lru_cache(maxsize=8192)
 def _movie(seed: int, index: int, shots: int) -> Movie:
     return sample_movie(f"train/{seed}/{index}", shots)
 
 
 def sample_shots(rng: random.Random, available: int, count: int, stride: int = 3) -> list[int]:
-    """Shots of one window: a random start, then random strides of 1 to `stride`, as far as the film allows."""
+    """Shots of one window: a random start, then random strides of 1 to `stride`, as far as the film allows.
+
+    Raises:
+        UserError: the film has fewer shots than the window.
+    """
+    if count > available:
+        raise UserError(f"a stage of {count} pairs, but the films have {available} shots; lower pairs or raise shots")
     shots, room = [], available - count
     at = rng.randint(0, room)
     room -= at

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cinema.config import TOY
+from cinema.errors import UserError
 from cinema.files import atomic
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.story import Story
@@ -29,6 +30,7 @@ from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_movie
 from cinema.training.config import Stage
 from cinema.training.keyframes import _save_half
+from cinema.training.stories import fingerprint
 from cinema.training.video_autoencoder import clip_frames
 from cinema.video import Animator, Window, encode_clips, global_caption, strides, window_velocity
 
@@ -39,7 +41,7 @@ class ClipStore:
     """Latents of toy movies' shots, drawn and encoded once; shard files appear whole, so a killed run goes on.
 
     Args:
-        folder: where the shards are; they belong to one autoencoder and one seed.
+        folder: where the shards are; each names the autoencoder that it belongs to, and the seed.
         vae: encodes the clips.
         movies, shots: how many movies there are, and shots in each.
     """
@@ -53,8 +55,9 @@ class ClipStore:
         return sample_movie(f"video/{self.seed}/{index}", self.shots)
 
     def _shards(self) -> Iterator[Path]:
+        key = fingerprint(self.vae, TOY.video.height, TOY.video.frames)
         for start in range(0, self.movies, SHARD):
-            path = self.folder / f"clips-{self.seed}-{self.shots}-{start:06d}.safetensors"
+            path = self.folder / f"clips-{key}-{self.seed}-{self.shots}-{start:06d}.safetensors"
             if not path.exists():
                 films = torch.stack([self._encode(self.movie(i)) for i in range(start, start + SHARD)])
                 with atomic(path) as part:
@@ -185,6 +188,9 @@ class VideoTask:
     ) -> tuple[Float[Tensor, "b s c"], Float[Tensor, "b n t e"], Bool[Tensor, "b n t"]]:
         """Windows of neighbouring shots: their tokens and their captions, the global one first."""
         lines, tokens = [], []
+        if stage.pairs > self.store.shots:
+            has = f"the films have {self.store.shots} shots"
+            raise UserError(f"a stage of {stage.pairs} shots, but {has}; lower pairs or raise shots")
         for _ in range(stage.batch):
             index, start = rng.randrange(self.store.movies), rng.randint(0, self.store.shots - stage.pairs)
             captions = window_captions(self.store.movie(index).story(), start, stage.pairs)
@@ -223,7 +229,7 @@ def window_captions(story: Story, start: int, count: int) -> list[str]:
 
 
 def small_ltx(
-    latent: int = 128, text: int = 128, heads: int = 4, head_dim: int = 48, layers: int = 6
+    latent: int = 128, text: int = 128, heads: int = 4, head_dim: int = 48, layers: int = 4
 ) -> LTXVideoTransformer3DModel:
     """An LTX-Video transformer with few parameters; every block starts near identity and the output at zero."""
     width = heads * head_dim
