@@ -109,12 +109,13 @@ def curate(
     films: Annotated[list[str], typer.Argument(metavar="FILM_OR_FOLDER...", help="Films, or folders with films.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write into; s3://... and the like work too.")],
     annotator: Annotated[AnnotatorName, typer.Option(help="Who writes captions.")] = AnnotatorName.none,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the local annotator's model.")] = None,
     cast: Annotated[
         Path | None, typer.Option(help="A story whose cast captions may name, or a folder of them.")
     ] = None,
     detector: Annotated[str | None, typer.Option(help="What finds the cuts.")] = None,
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Films at a time; a core each.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests for captions that this run may send.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens for captions that this run may pay for.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds without progress after which a film hangs.")] = 900.0,
@@ -135,7 +136,7 @@ def curate(
         "none": curation.NoAnnotator,
     }
     options: dict[str, Any] = {"annotator": makers[annotator.value](), "height": chosen.keyframes.height}
-    options |= {"workers": workers or _cores(), "limit_s": time_limit}
+    options |= {"workers": workers or (1 if annotator == "local" else _cores()), "limit_s": time_limit}
     options |= {"video": video, "ray": ray, "max_requests": max_requests, "max_tokens": max_tokens}
     options |= {"detector": detector} if detector else {}
     with _progress() as tell:

@@ -17,8 +17,10 @@ from test_curation import files, make_film
 from cinema.cli import main
 from cinema.curation import (
     Annotator,
+    Caption,
     Desk,
     GroundTruthAnnotator,
+    LocalAnnotator,
     NoAnnotator,
     StoppedError,
     VisionAnnotator,
@@ -331,3 +333,63 @@ def test_identity_tells_models_and_casts_apart_and_hides_the_key(serve, monkeypa
     third = VisionAnnotator(CAST).identity
     assert one != other and one != third and one["model"] == "small-eye"
     assert "word" not in json.dumps([one, other, third])
+
+
+def tiny_model(folder: Path) -> str:
+    """Write a vision-language model of random weights, with a processor that reads bytes."""
+    import torch
+    import transformers as t
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, **special, additional_special_tokens=["<image>"])
+    part = "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}" + part + "{% endfor %} {% endfor %}"
+    )
+    pixels = t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    look = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    t.LlavaProcessor(pixels, tokenizer, chat_template=template, **look).save_pretrained(folder)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eye = t.CLIPVisionConfig(**small, image_size=16, patch_size=8, projection_dim=16)
+    mouth = t.LlamaConfig(**small, vocab_size=len(tokenizer), max_position_embeddings=8192)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    t.LlavaForConditionalGeneration(t.LlavaConfig(eye, mouth, image_token_index=image)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_local_model_is_shown_the_frame_and_its_answers_are_kept(tmp_path):
+    annotator, desk = LocalAnnotator(tiny_model(tmp_path / "model"), CAST, longest=5), Desk(tmp_path / "a.jsonl")
+    first = annotator.caption(Path("a.mp4"), [shot(), shot(1)], desk)
+    assert [c.reason.partition(":")[0] for c in first] == ["TRUNCATED"] * 2  # random weights babble
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["finish"] == "length" and line["tokens"] > 100 for line in lines)
+    processor, network = annotator._parts
+    asked = list[Any]()
+
+    class Wise:
+        device, dtype = network.device, network.dtype
+
+        def generate(self, **inputs: Any) -> Any:
+            asked.append(inputs)
+            said = processor.tokenizer(GOOD, return_tensors="pt")["input_ids"]
+            return torch.cat([inputs["input_ids"], said], dim=1)
+
+    import torch
+
+    wise = LocalAnnotator(annotator.model, CAST)
+    wise.__dict__["_parts"] = processor, Wise()
+    (caption,) = wise.caption(Path("a.mp4"), [shot(2)], desk)
+    assert caption == Caption("Wide shot, <ada> waves.", ["<ada>"])
+    text = processor.decode(asked[0]["input_ids"][0])
+    assert "red round" in text and asked[0]["pixel_values"].shape == (1, 3, 16, 16)
+    (tmp_path / "model" / "config.json").unlink()
+    assert LocalAnnotator(annotator.model, CAST, longest=5).caption(Path("a.mp4"), [shot(), shot(1)], desk) == first
+    with pytest.raises(StoppedError, match="no image-text-to-text model can be loaded"):
+        LocalAnnotator(annotator.model).caption(Path("a.mp4"), [shot()])
+    with pytest.raises(UserError, match="--model"):
+        LocalAnnotator(None)

@@ -111,7 +111,8 @@ def test_films_are_found_in_folders_by_ending_or_content(tmp_path):
     assert read_film(tmp_path / "out" / "x\ny.parquet").film == "x y.MKV"
 
 
-def test_the_command_takes_folders_and_says_how_it_went(tmp_path, capsys):
+def test_the_command_takes_folders_and_says_how_it_went(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CINEMA_LLM_BASE_URL", raising=False)
     (tmp_path / "films").mkdir()
     command = ["curate", str(tmp_path / "films"), "-o", str(tmp_path / "out"), "--workers", "1"]
     assert main(command) == 1 and "no film lies in this folder" in capsys.readouterr().err
@@ -120,6 +121,7 @@ def test_the_command_takes_folders_and_says_how_it_went(tmp_path, capsys):
     (tmp_path / "films" / "b.mp4").write_bytes(b"broken")
     assert main(command) == 3
     assert main([*command, "--detector", "content"]) == 1 and "other settings" in capsys.readouterr().err
+    assert main([*command, "--annotator", "local"]) == 1 and "by --model" in capsys.readouterr().err
     assert main([*command, "--annotator", "vision"]) == 1 and "set CINEMA_LLM_BASE_URL" in capsys.readouterr().err
 
 
