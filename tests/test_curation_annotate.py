@@ -358,7 +358,8 @@ def tiny_model(folder: Path) -> str:
     mouth = t.LlamaConfig(**small, vocab_size=len(tokenizer), max_position_embeddings=8192)
     image = tokenizer.convert_tokens_to_ids("<image>")
     torch.manual_seed(0)
-    t.LlavaForConditionalGeneration(t.LlavaConfig(eye, mouth, image_token_index=image)).save_pretrained(folder)
+    whole = t.LlavaConfig(vision_config=eye, text_config=mouth, image_token_index=image)
+    t.LlavaForConditionalGeneration(whole).save_pretrained(folder)
     return str(folder)
 
 
