@@ -255,7 +255,7 @@ def test_bad_films_cost_only_themselves(tmp_path):
     for one, words in zip(report.failed, says, strict=True):
         assert words in one.reason and "\n" not in one.reason and str(one.film) in one.reason
     assert sorted(p.name for p in (tmp_path / "out").glob("*")) == sorted(
-        ["good.parquet", *(f"{Path(n).stem}.done.json" for n in names)]
+        ["README.md", "good.parquet", *(f"{Path(n).stem}.done.json" for n in names)]
     )
     again = curate([tmp_path / n for n in names], tmp_path / "out", annotator=NoAnnotator(), height=64)
     assert [f.skipped for f in again.films] == [False] * 6 + [True]
