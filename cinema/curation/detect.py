@@ -1,6 +1,6 @@
 """Who says where shots begin: our rules on the Y, U and V planes, or PySceneDetect's.
 
-Array axes: `c` the three planes Y, U, V; `h w` rows and columns of the picture area, shrunk; `n` a plane's own size.
+Array axes: `h w` rows and columns of the picture area, shrunk.
 """
 
 from collections import deque
@@ -13,21 +13,18 @@ from jaxtyping import UInt8
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, SceneDetector
 from scenedetect.common import Timecode
 
-from cinema.curation.film import Film, Frame, planes_of
+from cinema.curation.film import Film, Frame
 from cinema.curation.frames import Box
+from cinema.curation.gradual import Gradual
+from cinema.curation.planes import Planes, change, is_another_picture, shrink_planes
 
 # Seconds, not frames: PySceneDetect's default of 15 frames drops cuts 14 frames apart, and at 8 fps whole shots.
 SHORTEST_SHOT = 0.3
 SHORTEST_FRAMES = 8  # ours: a shot lasts this many frames or SHORTEST_SHOT, whichever is shorter
 LOOK_SIZE = 256  # pixels of the longer side that PySceneDetect sees
-GRID = 160  # of a shrunk plane's longer side, about
-RATIO = 2.7  # a cut changes the picture so much more than the frames around it do
-FLOOR = 12.0  # and by at least so much: mean change of Y, U and V together, of 255
-GATE = 0.25  # and leaves another luma, by 1 - correlation, or else U and V that change by FLOOR: light changes do not
-WINDOW = 2  # frames on each side that a change is compared with
-PATIENCE = 8  # frames after which a change is judged by what has been seen of the frames around it
-
-Planes = UInt8[np.ndarray, "c h w"]
+RATIO = 3.0  # a cut changes the picture so much more than the frames around it do
+WINDOW = 2  # changes on each side that a change is compared with
+NEAR = 6  # frames beyond which they tell nothing, and after which a change is judged by those there are
 
 
 @dataclass(frozen=True)
@@ -84,47 +81,6 @@ class SceneDetect:
 # --- ours -------------------------------------------------------------------------------------------------------
 
 
-def shrink_planes(frame: Frame, film: Film, picture: Box) -> Planes:
-    """The picture area of Y, U and V, all of the size of a shrunk chroma plane.
-
-    A pixel is the mean of its block, or of 4 x 4 places spread over it where the block is larger than that: this
-    costs the same at every size, and grain is still averaged away.
-    """
-    left, top, right, bottom = (side // 2 for side in astuple(picture))  # in chroma samples
-    step = max(1, round(max(right - left, bottom - top) / GRID))
-    h, w = (bottom - top) // step, (right - left) // step
-    if not h or not w:
-        return np.zeros((3, 1, 1), np.uint8)
-    small = np.empty((3, h, w), np.uint8)
-    for c, (plane, scale) in enumerate(zip(planes_of(frame.image, film), (2, 1, 1), strict=True)):
-        block, stride = step * scale, max(1, step * scale // 4)
-        area = plane[top * scale : top * scale + h * block, left * scale : left * scale + w * block]
-        places = range(stride // 2, stride * min(block, 4), stride)
-        total = np.zeros((h, w), np.uint16)
-        for i in places:
-            for j in places:
-                total += area[i::block, j::block]
-        small[c] = total // len(places) ** 2
-    return small
-
-
-def change(a: Planes, b: Planes) -> float:
-    """Mean absolute change of each plane, added up: black and white is not diluted by its dead colours."""
-    return len(a) * float((np.maximum(a, b) - np.minimum(a, b)).mean())
-
-
-def luma_distance(a: Planes, b: Planes) -> float:
-    """1 - correlation of the lumas; 1 where one of them is flat, as black is."""
-    y, z = (x[0].astype(np.float32) - x[0].mean(dtype=np.float32) for x in (a, b))
-    norm = float(np.sqrt((y * y).mean() * (z * z).mean()))
-    return 1 - float((y * z).mean()) / norm if norm > 1 else 1.0
-
-
-def is_another_picture(a: Planes, b: Planes) -> bool:
-    """Whether more than the light differs between two frames."""
-    return change(a, b) >= FLOOR and (luma_distance(a, b) >= GATE or change(a[1:], b[1:]) >= FLOOR)
-
-
 @dataclass(frozen=True)
 class _Change:
     """A frame unlike the one before it, and by how much; times in seconds."""
@@ -137,7 +93,9 @@ class _Change:
 
 
 class PlanesDetector:
-    """Our rules: a cut is a change that sticks out of those around it, is large, leaves another luma, and lasts.
+    """Our rules: a cut is a change that sticks out of those around it, leaves another picture, and lasts.
+
+    `Gradual` has the rule for fades and dissolves.
 
     Repeated frames, as in 24 frames per second shown at 30, are left out: each would be a change of nothing that
     makes its neighbours stick out. So are damaged ones.
@@ -149,6 +107,7 @@ class PlanesDetector:
         self._changes: deque[_Change] = deque(maxlen=2 * WINDOW + 1)
         self._judged = -1  # the last frame whose change was judged
         self._start: tuple[int, float] | None = None  # frame and second in which the running shot began
+        self._gradual = Gradual(float(film.rate))
 
     def look(self, frame: Frame) -> list[Boundary]:
         """As `Detector`."""
@@ -160,7 +119,7 @@ class PlanesDetector:
         if self._last is not None and (amount := change(self._last, now)) > 0:
             self._changes.append(_Change(frame.index, time, amount, self._last, now))
         self._last = now
-        return self._judge(frame.index)
+        return self._judge(frame.index) or self._joined(frame.index, time, now)
 
     def finish(self) -> list[Boundary]:
         """As `Detector`."""
@@ -170,20 +129,34 @@ class PlanesDetector:
         """Judge the changes that enough is known about, all of them at the end."""
         found, changes = list[Boundary](), list(self._changes)
         for i, one in enumerate(changes):
-            known = now is None or len(changes) - i > WINDOW or now - one.index >= PATIENCE
+            known = now is None or len(changes) - i > WINDOW or now - one.index >= NEAR
             if one.index > self._judged and known:
                 self._judged = one.index
-                around = changes[max(0, i - WINDOW) : i] + changes[i + 1 : i + 1 + WINDOW]
-                if self._is_cut(one, around, changes[-1].after):
-                    self._start = one.index, one.time
-                    found.append(Boundary(one.index))
+                around = [c for c in changes[max(0, i - WINDOW) : i + 1 + WINDOW] if abs(c.index - one.index) <= NEAR]
+                if self._is_cut(one, around):
+                    found.append(self._begin(one.index, one.time, "cut"))
         return found
 
-    def _is_cut(self, one: _Change, around: list[_Change], later: Planes) -> bool:
-        if one.amount < RATIO * sum(c.amount for c in around) / max(1, len(around)):
+    def _joined(self, index: int, time: float, now: Planes) -> list[Boundary]:
+        """The fade or dissolve that is over with this frame."""
+        blend = self._gradual.add(index, time, now)
+        if blend is None or not self._is_long_enough(blend.index, blend.time):
+            return []
+        self._gradual.forget(blend.until)
+        return [self._begin(blend.index, blend.time, blend.kind)]
+
+    def _begin(self, index: int, time: float, kind: str) -> Boundary:
+        self._start = index, time
+        self._gradual.forget(index)
+        return Boundary(index, kind)
+
+    def _is_cut(self, one: _Change, around: list[_Change]) -> bool:
+        """Whether a change is a cut, given it and those near it, in order."""
+        others = sorted(c.amount for c in around if c is not one)[: 2 * WINDOW - 1]  # all but another cut near it
+        if one.amount < RATIO * sum(others) / (2 * WINDOW - 1) or not self._is_long_enough(one.index, one.time):
             return False
-        lasts = is_another_picture(one.before, one.after) and is_another_picture(one.before, later)  # a flash does not
-        return lasts and self._is_long_enough(one.index, one.time)
+        pairs = (one.before, one.after), (one.before, around[-1].after), (around[0].before, one.after)
+        return all(is_another_picture(a, b) for a, b in pairs)  # the last two say that it is no flash
 
     def _is_long_enough(self, index: int, time: float) -> bool:
         """Whether the running shot, if it ended before this frame, would not be too short."""
