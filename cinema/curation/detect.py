@@ -152,8 +152,9 @@ class PlanesDetector:
 
     def _is_cut(self, one: _Change, around: list[_Change]) -> bool:
         """Whether a change is a cut, given it and those near it, in order."""
-        others = sorted(c.amount for c in around if c is not one)[: 2 * WINDOW - 1]  # all but another cut near it
-        if one.amount < RATIO * sum(others) / (2 * WINDOW - 1) or not self._is_long_enough(one.index, one.time):
+        others = [c.amount for c in around if c is not one]
+        usual = (sum(others) - max(others, default=0.0)) / (2 * WINDOW - 1)  # leaving out another cut near it
+        if one.amount < RATIO * usual or not self._is_long_enough(one.index, one.time):
             return False
         pairs = (one.before, one.after), (one.before, around[-1].after), (around[0].before, one.after)
         return all(is_another_picture(a, b) for a, b in pairs)  # the last two say that it is no flash

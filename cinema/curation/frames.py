@@ -63,12 +63,6 @@ def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) 
     return np.asarray(whole.resize((2 * height, height), how, box=(left, top, left + crop_w, top + crop_h)))
 
 
-def is_blank(pixels: UInt8[np.ndarray, "h w 3"]) -> bool:
-    """Whether a keyframe shows nothing: 90 % of its pixels lie within 8 grey levels, as in black frames."""
-    low, high = np.percentile(pixels.mean(axis=-1), [5, 95])
-    return bool(high - low < 8)
-
-
 def to_jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
     """Encode as JPEG, quality 95, colour at full resolution."""
     buffer = io.BytesIO()

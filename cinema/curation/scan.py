@@ -1,10 +1,12 @@
 """One film, from its file to its shots and their keyframes: all of curation that looks at pixels."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from cinema.curation.film import Film
-from cinema.curation.frames import Box, find_borders, is_blank, keyframe_image, to_jpeg
+from cinema.curation.filters import Filters
+from cinema.curation.frames import Box, find_borders, keyframe_image, to_jpeg
 from cinema.curation.shots import CutShot, Timeline, cut_film
 from cinema.curation.store import CuratedShot
 
@@ -39,23 +41,25 @@ def scan_film(film: Film, height: int, detector: str, on_progress: Callable[[flo
     """
     on_progress(0.0, "looking for borders")
     picture, line, expected = find_borders(film), Timeline(), film.expected_frames
-    rows = list[CuratedShot]()
+    rows, filters = list[CuratedShot](), Filters()
     for shot in cut_film(film, picture, detector, line, lambda i: on_progress(min(1.0, i / expected), "finding cuts")):
-        rows.append(_row(film, shot, len(rows), picture, height))
+        rows.append(_row(film, shot, len(rows), picture, height, filters))
     lasts = float((line.end_pts - line.pts[0]) * film.time_base)
     return Scan(rows, len(line.pts), sum(line.damaged), line.errors, float(line.pts[-1] * film.time_base), lasts)
 
 
-def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int) -> CuratedShot:
-    """A shot with its keyframe, no caption yet; a blank or broken one is set aside."""
+def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filters: Filters) -> CuratedShot:
+    """A shot with its keyframe, no caption yet; one that is no use is set aside."""
 
     def seconds(pts: int) -> float:
         return float(pts * film.time_base)
 
     image, reason, middle = None, "no frame of it is free of decoding errors", shot.middle
+    scores: dict[str, tuple[float, float]] = {"damaged": (shot.damaged / (shot.end - shot.start), 1.0)}
     if middle:
         pixels = keyframe_image(middle.image, film, picture, height)
-        image, reason = to_jpeg(pixels), "blank frame" if is_blank(pixels) else ""
+        found = filters.judge(pixels)
+        image, reason, scores = to_jpeg(pixels), found.reason, scores | found.scores
     return CuratedShot(
         shot=number,
         start_s=seconds(shot.start_pts),
@@ -69,4 +73,5 @@ def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int) -> C
         kept=not reason,
         reason=reason,
         transition=shot.transition,
+        scores=json.dumps(scores),
     )
