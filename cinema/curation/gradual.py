@@ -71,13 +71,13 @@ class Gradual:
         frames = np.stack(window).astype(np.int16)
         whole, good = frames[-1] - frames[0], _gradual_pixels(frames)
         weight = np.abs(whole) * good
-        before, after = self._steps[max(0, first - length // 2)][2], self._steps[-1][2]
-        moves = max(_movement(frames[0], before, weight), _movement(frames[-1], after, weight))
+        fades, (before, after) = is_flat(old), (self._steps[max(0, first - length // 2)][2], self._steps[-1][2])
+        moves = max(0.0 if fades else _movement(frames[0], before, weight), _movement(frames[-1], after, weight))
         if weight.sum() < SHARE * np.abs(whole).sum() or moves > HOLD:
             return None
-        kind = "fade" if is_flat(old) else "dissolve"
+        kind = "fade" if fades else "dissolve"
         alpha = ((frames - frames[0]) * (np.sign(whole) * good)).sum(axis=(1, 2, 3)) / weight.sum()
-        at = int(np.argmax(alpha > (0.08 if kind == "fade" else 0.5)))
+        at = int(np.argmax(alpha > (0.08 if fades else 0.5)))
         return Blend(*self._steps[first + at][:2], kind, self._steps[last][0])
 
 

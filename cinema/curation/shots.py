@@ -9,8 +9,8 @@ from cinema.curation.frames import Box
 from cinema.errors import UserError
 
 __all__ = ["DETECTOR", "DETECTORS", "SHORTEST_SHOT", "CutShot", "Keeper", "Timeline", "cut_film"]
-ROOM = 24  # decoded frames held at once: 75 MB at 1080p
-LATENESS_S, LATENESS_FRAMES = 6.0, 100  # how late a detector may answer; a frame older than both is in this shot
+ROOM = 40  # decoded frames held at once: 124 MB at 1080p; 34 would do for a 24th of a shot at 24 frames a second
+LATENESS_S, LATENESS_FRAMES = 4.0, 100  # how late a detector may answer; a frame older than both is in this shot
 
 
 @dataclass(frozen=True)
