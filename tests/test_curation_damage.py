@@ -74,7 +74,7 @@ def test_odd_films_are_curated_and_hopeless_ones_are_named(tmp_path):
         "two\nlines.mkv": {},
         "1 frame.mkv": {"lengths": [1]},
         "131x67.mkv": {"size": (131, 67), "codec": "ffv1", "pixels": "yuv444p"},
-        "34x18.mkv": {"size": (34, 18), "codec": "ffv1"},
+        "98x50.mkv": {"size": (98, 50), "codec": "ffv1"},
         "ten bit.mkv": {"codec": "ffv1", "pixels": "yuv422p10le"},
         "turned.mp4": {"turned": 90},
         "varying.mkv": {"ticks": [40 * i + 7 * (i % 3) for i in range(40)]},

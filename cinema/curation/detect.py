@@ -105,12 +105,13 @@ class PlanesDetector:
         self.film, self.picture = film, picture
         self._last: Planes | None = None
         self._changes: deque[_Change] = deque(maxlen=2 * WINDOW + 1)
-        self._judged = -1  # the last frame whose change was judged
+        self._now, self._judged = 0, -1  # the last frame seen, and the last whose change was judged
         self._start: tuple[int, float] | None = None  # frame and second in which the running shot began
         self._gradual = Gradual(float(film.rate))
 
     def look(self, frame: Frame) -> list[Boundary]:
         """As `Detector`."""
+        self._now = frame.index
         if frame.damaged:
             return []
         now, time = shrink_planes(frame, self.film, self.picture), float(frame.pts * self.film.time_base)
@@ -153,7 +154,8 @@ class PlanesDetector:
     def _is_cut(self, one: _Change, around: list[_Change]) -> bool:
         """Whether a change is a cut, given it and those near it, in order."""
         others = [c.amount for c in around if c is not one]
-        usual = (sum(others) - max(others, default=0.0)) / (2 * WINDOW - 1)  # leaving out another cut near it
+        places = min(WINDOW, one.index - 1) + min(WINDOW, self._now - one.index)  # fewer at the ends of the film
+        usual = (sum(others) - max(others, default=0.0)) / max(1, places - 1)  # leaving out another cut near it
         if one.amount < RATIO * usual or not self._is_long_enough(one.index, one.time):
             return False
         pairs = (one.before, one.after), (one.before, around[-1].after), (around[0].before, one.after)
