@@ -202,6 +202,20 @@ def evaluate(
     _figures(figures, json)
 
 
+def bench_curate(
+    folder: Annotated[Path | None, typer.Argument(help="Films with NAME.cuts.csv beside them; else toy films.")] = None,
+    detector: Annotated[list[str] | None, typer.Option(help="Compare this one; all if not given.")] = None,
+    toy: Annotated[int, typer.Option(help="How many toy films, without a folder.", min=1)] = 6,
+    json: Json = None,
+) -> None:
+    """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
+    from cinema import bench
+
+    with _progress() as tell:
+        figures = bench.bench_curate(folder, detector or (), toy, tell)
+    _figures(figures, json)
+
+
 def doctor(json: Json = None) -> None:
     """Say what this machine can run."""
     _figures({**_machine(), **_weights(), **_services()}, json)
@@ -392,6 +406,10 @@ def make_app() -> typer.Typer:
         spec = find_spec(module)
         if spec and spec.origin:  # a folder without code has no origin
             app.command()(command)
+    bench = typer.Typer(help="Measure how good and how fast a part is.")
+    bench.command("curate")(bench_curate)
+    bench.callback()(lambda: None)  # with one command only, else the group would be that command
+    app.add_typer(bench, name="bench")
     return app
 
 

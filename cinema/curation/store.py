@@ -43,6 +43,8 @@ class CuratedShot:
         image: the keyframe as JPEG, None as for `keyframe_s`.
         caption, tags: what is seen, and the characters named in it.
         kept: whether to train on it; if not, `reason` says why.
+        transition: how the shot begins: "cut", "dissolve" or "fade".
+        scores: JSON object of what the filters measured, name -> [score, threshold].
     """
 
     shot: int
@@ -61,6 +63,8 @@ class CuratedShot:
     tags: list[str] = field(default_factory=list)
     kept: bool = True
     reason: str = ""
+    transition: str = "cut"
+    scores: str = "{}"
 
 
 ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
