@@ -60,6 +60,11 @@ def ask(
             return read(text)
         except ValueError as error:
             fault = str(error)[:500]
-        repair = f"Not usable: {fault}. Answer again with the mended JSON object alone."
-        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": repair}]
+        messages += repair(text, fault)
     raise AnswerError(fault)
+
+
+def repair(text: str, fault: str) -> list[Any]:
+    """The messages that ask once more: what the model said, and what is wrong with it."""
+    request = f"Not usable: {fault}. Answer again with the mended JSON object alone."
+    return [{"role": "assistant", "content": text}, {"role": "user", "content": request}]

@@ -3,7 +3,7 @@
 Everything heavy is imported inside the commands, so `cinema --help` answers at once; a command whose module is
 not there is not offered. Results go to standard output, progress and messages to standard error. Exit codes:
 0 done, 1 the user can mend it (one sentence, no traceback; CINEMA_DEBUG=1 shows it), 2 wrong usage, 3 some films
-could not be curated.
+could not be curated, 4 curation stopped at the spending limit.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ class AnnotatorName(StrEnum):
 
     truth = "truth"
     vision = "vision"
+    local = "local"
     none = "none"
 
 
@@ -109,31 +110,51 @@ def animate(
 
 
 def curate(
-    films: Annotated[list[Path], typer.Argument(help="Film files.")],
-    out: Folder,
+    films: Annotated[list[str], typer.Argument(metavar="FILM_OR_FOLDER...", help="Films, or folders with films.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write into; s3://... and the like work too.")],
     annotator: Annotated[AnnotatorName, typer.Option(help="Who writes captions.")] = AnnotatorName.none,
-    cast: Annotated[Path | None, typer.Option(help="A story whose cast the vision annotator may name.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the local annotator's model.")] = None,
+    cast: Annotated[
+        Path | None, typer.Option(help="A story whose cast captions may name, or a folder of them.")
+    ] = None,
+    detector: Annotated[str | None, typer.Option(help="What finds the cuts.")] = None,
+    video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Requests for captions that this run may send.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens for captions that this run may pay for.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds without progress after which a film hangs.")] = 900.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Spread films over a Ray cluster.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Also write pages to look through, OUT/report.")] = False,
     preset: Preset = None,
     json: Json = None,
 ) -> None:
     """Turn films into shots, keyframes and captions on disk; what is broken is reported and skipped."""
     chosen = config.preset(preset)
-    people = load_story(cast).cast if cast else []
+    people = cast if cast and cast.is_dir() else load_story(cast).cast if cast else []
     from cinema import curation
 
     makers: dict[str, Callable[[], curation.Annotator]] = {
         "truth": curation.GroundTruthAnnotator,
         "vision": lambda: curation.VisionAnnotator(people),
+        "local": lambda: curation.LocalAnnotator(model, people),
         "none": curation.NoAnnotator,
     }
-    writer, height = makers[annotator.value](), chosen.keyframes.height
+    options: dict[str, Any] = {"annotator": makers[annotator.value](), "height": chosen.keyframes.height}
+    options |= {"workers": workers or (1 if annotator == "local" else _cores()), "limit_s": time_limit}
+    options |= {"video": video, "ray": ray, "max_requests": max_requests, "max_tokens": max_tokens}
+    options |= {"detector": detector} if detector else {}
     with _progress() as tell:
-        report = curation.curate(films, out, annotator=writer, height=height, on_progress=tell)
-    rows = [(str(f.film), f.status, f.shots, f.kept, f.reason) for f in report.films]
+        result = curation.curate(curation.find_films(films, out), out, **options, on_progress=tell)
+    rows = [(curation.shown(str(f.film)), f.status, f.shots, f.kept, f.reason) for f in result.films]
     _table(("film", "status", "shots", "kept", "reason"), rows)
-    _save(report, json)
-    if report.failed:
-        _say(f"{len(report.failed)} of {len(report.films)} films could not be curated; the table says why")
+    _save(result, json)
+    if report:
+        _say(f"{curation.write_report(out, options['workers'])}: open it in a browser")
+    if result.out_of_money:
+        _say(f"the spending limit is reached after {result.requests} requests; the same command goes on from here")
+        raise typer.Exit(4)
+    if result.failed:
+        _say(f"{len(result.failed)} of {len(result.films)} films could not be curated; the table says why")
         raise typer.Exit(3)
 
 
@@ -181,6 +202,20 @@ def evaluate(
     _figures(figures, json)
 
 
+def bench_curate(
+    folder: Annotated[Path | None, typer.Argument(help="Films with NAME.cuts.csv beside them; else toy films.")] = None,
+    detector: Annotated[list[str] | None, typer.Option(help="Compare this one; all if not given.")] = None,
+    toy: Annotated[int, typer.Option(help="How many toy films, without a folder.", min=1)] = 6,
+    json: Json = None,
+) -> None:
+    """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
+    from cinema import bench
+
+    with _progress() as tell:
+        figures = bench.bench_curate(folder, detector or (), toy, tell)
+    _figures(figures, json)
+
+
 def doctor(json: Json = None) -> None:
     """Say what this machine can run."""
     _figures({**_machine(), **_weights(), **_services()}, json)
@@ -190,8 +225,7 @@ def doctor(json: Json = None) -> None:
 
 
 def _machine() -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"python": platform.python_version(), "cpu cores": str(cores), "memory": f"{_memory() / 2**30:.1f} GiB"}
+    facts = {"python": platform.python_version(), "cpu cores": str(_cores()), "memory": f"{_memory() / 2**30:.1f} GiB"}
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -201,6 +235,10 @@ def _machine() -> dict[str, str]:
         card = torch.cuda.get_device_properties(0)
         return {**facts, "device": f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB"}
     return {**facts, "device": "mps" if torch.backends.mps.is_available() else "cpu"}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> int:
@@ -368,6 +406,10 @@ def make_app() -> typer.Typer:
         spec = find_spec(module)
         if spec and spec.origin:  # a folder without code has no origin
             app.command()(command)
+    bench = typer.Typer(help="Measure how good and how fast a part is.")
+    bench.command("curate")(bench_curate)
+    bench.callback()(lambda: None)  # with one command only, else the group would be that command
+    app.add_typer(bench, name="bench")
     return app
 
 

@@ -173,7 +173,9 @@ def test_a_fault_of_ours_is_one_sentence_unless_debugging(monkeypatch, tmp_path,
 def test_doctor_says_what_is_here_and_no_secret(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CINEMA_LLM_BASE_URL", "http://me:secret@example.org/v1")
     monkeypatch.setenv("CINEMA_LLM_API_KEY", "secret")
-    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "transformer").mkdir()
+    for name in ("model_index.json", "transformer/model.safetensors"):
+        (tmp_path / name).write_text("{}")
     monkeypatch.setenv("CINEMA_KEYFRAME_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("CINEMA_VIDEO_WEIGHTS", str(tmp_path / "none"))
     assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0

@@ -18,10 +18,10 @@ from PIL import Image
 from scenedetect import ContentDetector, SceneManager, open_video
 
 from cinema.curation import GroundTruthAnnotator, NoAnnotator, StoppedError, curate, curate_film, read_film, story_of
-from cinema.curation.film import FrameReader, probe
+from cinema.curation.film import Film, FrameReader, probe
 from cinema.curation.frames import Box, find_borders, keyframe_image
 from cinema.curation.run import FilmReport
-from cinema.curation.shots import DETECTOR, SHORTEST_SHOT, find_shots
+from cinema.curation.shots import DETECTOR, SHORTEST_SHOT, Timeline, cut_film
 from cinema.curation.store import CuratedFilm, CuratedShot, write_film
 from cinema.errors import UserError
 from cinema.story import Character
@@ -119,6 +119,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+def cuts_of(film: Film, picture: Box, detector: str) -> list[int]:
+    return [shot.start for shot in cut_film(film, picture, detector, Timeline())][1:]
+
+
 def test_shots_tile_the_film_and_each_keyframe_is_its_shots_middle_frame(tmp_path):
     lengths = [17, 11, 30, 8, 1 + 20]
     film = make_film(tmp_path / "a.mp4", lengths)
@@ -155,10 +159,9 @@ def test_cuts_are_those_of_pyscenedetect(tmp_path):
     manager.detect_scenes(open_video(str(film), backend="pyav", suppress_output=True))
     theirs = [start.pts for start, _ in manager.get_scene_list(start_in_scene=True)]
     facts = probe(film)
-    ours = find_shots(facts, Box(0, 0, 128, 64), "content")
-    assert [ours.pts[i] for i in ours.cuts] == theirs
-    for detector in ("adaptive", DETECTOR):
-        assert find_shots(facts, Box(0, 0, 128, 64), detector).cuts == ours.cuts == [0, 17, 31, 56]
+    assert [shot.start_pts for shot in cut_film(facts, Box(0, 0, 128, 64), "content", Timeline())] == theirs
+    for detector in ("content", "adaptive", "adaptive-luma", DETECTOR):
+        assert cuts_of(facts, Box(0, 0, 128, 64), detector) == [17, 31, 56]
 
 
 def test_a_film_without_a_cut_is_one_shot_and_so_is_a_single_frame(tmp_path):
@@ -255,7 +258,7 @@ def test_bad_films_cost_only_themselves(tmp_path):
     for one, words in zip(report.failed, says, strict=True):
         assert words in one.reason and "\n" not in one.reason and str(one.film) in one.reason
     assert sorted(p.name for p in (tmp_path / "out").glob("*")) == sorted(
-        ["good.parquet", *(f"{Path(n).stem}.done.json" for n in names)]
+        ["README.md", "good.parquet", *(f"{Path(n).stem}.done.json" for n in names)]
     )
     again = curate([tmp_path / n for n in names], tmp_path / "out", annotator=NoAnnotator(), height=64)
     assert [f.skipped for f in again.films] == [False] * 6 + [True]
@@ -403,7 +406,7 @@ def test_a_film_without_its_ground_truth_fails_alone(tmp_path, text, words):
 
 def test_the_store_keeps_every_field_and_names_a_wrong_file(tmp_path):
     columns = "shot start_s end_s start_frame end_frame time_base keyframe_s crop_left crop_top crop_right crop_bottom"
-    columns += " image caption tags kept reason"
+    columns += " image caption tags kept reason transition scores"
     place = {"start_frame": 0, "end_frame": 9, "time_base": "1/9", "crop_left": 1, "crop_top": 2}
     place |= {"crop_right": 3, "crop_bottom": 4}
     rows = [CuratedShot(i, i / 3, (i + 1) / 3, keyframe_s=None, image=None, kept=False, **place) for i in range(40)]
@@ -426,10 +429,10 @@ def test_the_store_keeps_every_field_and_names_a_wrong_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "found", "top_bottom"),
     [
-        ("bbb_480p_30s", {"content": 3, "adaptive-luma": 3}, (0, 480)),  # of 3
-        ("sintel_film_letterbox_848x480_26s", {"content": 6, "adaptive-luma": 6}, (58, 421)),  # of 6
+        ("bbb_480p_30s", {"content": 3, "adaptive-luma": 3, "planes": 3}, (0, 480)),  # of 3
+        ("sintel_film_letterbox_848x480_26s", {"content": 6, "adaptive-luma": 6, "planes": 6}, (58, 421)),  # of 6
         # Of 9: in black and white two of the content detector's three terms are dead.
-        ("nosferatu_1922_640x480_48s", {"content": 3, "adaptive-luma": 9}, (0, 480)),
+        ("nosferatu_1922_640x480_48s", {"content": 3, "adaptive-luma": 9, "planes": 9}, (0, 480)),
     ],
 )
 def test_hard_cuts_of_real_films(name, found, top_bottom):
@@ -440,6 +443,6 @@ def test_hard_cuts_of_real_films(name, found, top_bottom):
     true = [int(row["frame"]) for row in listed if row["score"] == "1"]
     events = [(int(row["start"]) - 1, int(row["end"]) + 1) for row in listed]
     for detector, least in found.items():
-        cuts = find_shots(facts, borders, detector).cuts[1:]
+        cuts = cuts_of(facts, borders, detector)
         assert sum(any(abs(t - c) <= 1 for c in cuts) for t in true) >= least
         assert all(any(a <= cut <= b for a, b in events) for cut in cuts)  # nothing found where nothing happens

@@ -4,12 +4,23 @@ The order of the steps is the paper's: cuts (PySceneDetect), the middle frame of
 removed, centre crop 2:1, resize to a fixed short side, captions that name characters by tags.
 """
 
-from cinema.curation.annotate import Annotator, Caption, GroundTruthAnnotator, NoAnnotator, VisionAnnotator
-from cinema.curation.run import CurationReport, FilmReport, curate, curate_film
+from cinema.curation.annotate import (
+    Annotator,
+    Caption,
+    Desk,
+    GroundTruthAnnotator,
+    LocalAnnotator,
+    NoAnnotator,
+    VisionAnnotator,
+)
+from cinema.curation.report import write_report
+from cinema.curation.run import CurationReport, FilmReport, curate, curate_film, shown
+from cinema.curation.search import find_films
 from cinema.curation.store import CuratedFilm, CuratedShot, StoppedError, read_film, story_of
 
 # fmt: off
 __all__ = [
-    "Annotator", "Caption", "CuratedFilm", "CuratedShot", "CurationReport", "FilmReport", "GroundTruthAnnotator",
-    "NoAnnotator", "StoppedError", "VisionAnnotator", "curate", "curate_film", "read_film", "story_of",
+    "Annotator", "Caption", "CuratedFilm", "CuratedShot", "CurationReport", "Desk", "FilmReport",
+    "GroundTruthAnnotator", "LocalAnnotator", "NoAnnotator", "StoppedError", "VisionAnnotator", "curate",
+    "curate_film", "find_films", "read_film", "shown", "story_of", "write_report",
 ]

@@ -2,6 +2,8 @@
 
 Frames are decoded from the start and never by seeking, which picks wrong frames in several containers. A frame is
 known by its index and its PTS, and seconds are PTS x time base: frame numbers lie where the frame rate varies.
+
+Array axes: `h w` rows and columns of a plane as stored, 8 bit.
 """
 
 import contextlib
@@ -11,10 +13,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
+from jaxtyping import UInt8
 
 from cinema.errors import UserError
+
+PLANAR = ("yuv420p", "yuvj420p")  # what is looked at as it is stored; all else is converted to it
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,14 @@ def probe(path: Path) -> Film:
         aspect, rate = stream.sample_aspect_ratio or Fraction(1), stream.average_rate or stream.guessed_rate
         size = stream.codec_context.width, stream.codec_context.height
         return Film(path, *size, aspect, base, rate or Fraction(24), duration)
+
+
+def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]]:
+    """The Y, U and V planes of a frame, colour at half the size; views into it where it is stored so."""
+    if image.format.name not in PLANAR or (image.width, image.height) != (film.width, film.height):
+        image = image.reformat(width=film.width, height=film.height, format="yuv420p")
+    sizes = [(p, np.frombuffer(p, np.uint8)[: p.height * p.line_size]) for p in image.planes]
+    return [rows.reshape(p.height, p.line_size)[:, : p.width] for p, rows in sizes]
 
 
 class FrameReader:

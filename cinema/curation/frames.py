@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from cinema.curation.film import Film, FrameReader
+from cinema.curation.film import Film, FrameReader, planes_of
 
 BLACK = 30.0  # raw luma up to which a row or column is border; 16 is black in most files
 BRIGHT = 60.0  # mean luma from which a frame says where its border is; dark scenes, fades and cards mislead
@@ -63,24 +63,11 @@ def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) 
     return np.asarray(whole.resize((2 * height, height), how, box=(left, top, left + crop_w, top + crop_h)))
 
 
-def is_blank(pixels: UInt8[np.ndarray, "h w 3"]) -> bool:
-    """Whether a keyframe shows nothing: 90 % of its pixels lie within 8 grey levels, as in black frames."""
-    low, high = np.percentile(pixels.mean(axis=-1), [5, 95])
-    return bool(high - low < 8)
-
-
 def to_jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
     """Encode as JPEG, quality 95, colour at full resolution."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
-
-
-def _luma(image: av.VideoFrame) -> UInt8[np.ndarray, "h w"]:
-    """The raw luma plane, 8 bit, as stored."""
-    plane = image.reformat(format="yuv420p").planes[0]  # no work where it is that already
-    rows = np.frombuffer(memoryview(plane), np.uint8)[: image.height * plane.line_size]
-    return rows.reshape(image.height, plane.line_size)[:, : image.width]
 
 
 def _profiles(film: Film, keys_only: bool) -> list[tuple[float, np.ndarray, np.ndarray]]:
@@ -91,7 +78,7 @@ def _profiles(film: Film, keys_only: bool) -> list[tuple[float, np.ndarray, np.n
         odd_size = (frame.image.width, frame.image.height) != (film.width, film.height)
         if frame.index % stride or frame.damaged or odd_size:
             continue
-        y = _luma(frame.image)
+        y = planes_of(frame.image, film)[0]
         kept.append((float(y.mean()), _p95(y[:, ::2].T), _p95(y[::2])))
         if len(kept) == MOST:
             kept, stride = kept[::2], stride * 2

@@ -1,12 +1,13 @@
 """One film, from its file to its shots and their keyframes: all of curation that looks at pixels."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from cinema.curation.film import Film, FrameReader
-from cinema.curation.frames import Box, find_borders, is_blank, keyframe_image, to_jpeg
-from cinema.curation.shots import Timeline, find_shots
+from cinema.curation.film import Film
+from cinema.curation.filters import Filters
+from cinema.curation.frames import Box, find_borders, keyframe_image, to_jpeg
+from cinema.curation.shots import CutShot, Timeline, cut_film
 from cinema.curation.store import CuratedShot
 
 
@@ -39,30 +40,38 @@ def scan_film(film: Film, height: int, detector: str, on_progress: Callable[[flo
         UserError: not one frame can be decoded.
     """
     on_progress(0.0, "looking for borders")
-    picture, n = find_borders(film), film.expected_frames
-    line = find_shots(film, picture, detector, lambda i: on_progress(min(0.5, 0.5 * i / n), "finding cuts"))
-    rows = _rows(film, line, picture, height, lambda i: on_progress(min(1.0, 0.5 + 0.5 * i / n), "keyframes"))
+    picture, line, expected = find_borders(film), Timeline(), film.expected_frames
+    rows, filters = list[CuratedShot](), Filters()
+    for shot in cut_film(film, picture, detector, line, lambda i: on_progress(min(1.0, i / expected), "finding cuts")):
+        rows.append(_row(film, shot, len(rows), picture, height, filters))
     lasts = float((line.end_pts - line.pts[0]) * film.time_base)
     return Scan(rows, len(line.pts), sum(line.damaged), line.errors, float(line.pts[-1] * film.time_base), lasts)
 
 
-def _rows(film: Film, line: Timeline, picture: Box, height: int, on_frame: Callable[[int], None]) -> list[CuratedShot]:
-    """Every shot with its keyframe, no captions yet; blank and broken ones are set aside."""
-    middles = [line.middle(start, end) for start, end in line.spans()]
-    wanted = set(middles)
-    images: dict[int | None, tuple[bytes | None, str]] = {None: (None, "no frame of it is free of decoding errors")}
-    for frame in FrameReader(film):  # from the start again: seeking lands beside the frame in some containers
-        on_frame(frame.index)
-        if frame.index in wanted:
-            pixels = keyframe_image(frame.image, film, picture, height)
-            images[frame.index] = to_jpeg(pixels), "blank frame" if is_blank(pixels) else ""
-    seconds = [float(pts * film.time_base) for pts in (*line.pts, line.end_pts)]
-    fixed: dict[str, Any] = {f"crop_{side}": at for side, at in asdict(picture).items()}
-    fixed["time_base"] = str(film.time_base)
-    rows = list[CuratedShot]()
-    for (start, end), middle in zip(line.spans(), middles, strict=True):
-        image, reason = images[middle]
-        times: dict[str, Any] = {"start_s": seconds[start], "end_s": seconds[end], "start_frame": start}
-        times |= {"end_frame": end, "keyframe_s": None if middle is None else seconds[middle]}
-        rows.append(CuratedShot(len(rows), **times, **fixed, image=image, kept=not reason, reason=reason))
-    return rows
+def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filters: Filters) -> CuratedShot:
+    """A shot with its keyframe, no caption yet; one that is no use is set aside."""
+
+    def seconds(pts: int) -> float:
+        return float(pts * film.time_base)
+
+    image, reason, middle = None, "no frame of it is free of decoding errors", shot.middle
+    scores: dict[str, tuple[float, float]] = {"damaged": (shot.damaged / (shot.end - shot.start), 1.0)}
+    if middle:
+        pixels = keyframe_image(middle.image, film, picture, height)
+        found = filters.judge(pixels)
+        image, reason, scores = to_jpeg(pixels), found.reason, scores | found.scores
+    return CuratedShot(
+        shot=number,
+        start_s=seconds(shot.start_pts),
+        end_s=seconds(shot.end_pts),
+        start_frame=shot.start,
+        end_frame=shot.end,
+        time_base=str(film.time_base),
+        keyframe_s=seconds(middle.pts) if middle else None,
+        **{f"crop_{side}": at for side, at in asdict(picture).items()},
+        image=image,
+        kept=not reason,
+        reason=reason,
+        transition=shot.transition,
+        scores=json.dumps(scores),
+    )

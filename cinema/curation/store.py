@@ -7,12 +7,13 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from cinema.errors import UserError
 from cinema.files import atomic, write_json
@@ -20,6 +21,7 @@ from cinema.story import Character, Shot, Source, Story
 
 STORE_VERSION = 1
 ROW_GROUP = 32  # rows read together when a shot is fetched by number
+Scanned = TypeVar("Scanned")
 LONGEST = 600.0  # seconds that a Story's shot may last
 
 
@@ -41,6 +43,8 @@ class CuratedShot:
         image: the keyframe as JPEG, None as for `keyframe_s`.
         caption, tags: what is seen, and the characters named in it.
         kept: whether to train on it; if not, `reason` says why.
+        transition: how the shot begins: "cut", "dissolve" or "fade".
+        scores: JSON object of what the filters measured, name -> [score, threshold].
     """
 
     shot: int
@@ -59,6 +63,8 @@ class CuratedShot:
     tags: list[str] = field(default_factory=list)
     kept: bool = True
     reason: str = ""
+    transition: str = "cut"
+    scores: str = "{}"
 
 
 ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
@@ -81,8 +87,39 @@ def write_film(path: Path, film: CuratedFilm) -> None:
     schema = SCHEMA.with_metadata({"cinema": json.dumps(about, ensure_ascii=False)})
     table = pa.Table.from_pylist([asdict(shot) for shot in film.shots], schema=schema)
     # Nothing is compressed: a JPEG is already, and the rest is small.
-    with _writing(path), atomic(path) as part:
-        pq.write_table(table, part, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+    with writing(path), atomic(path) as part, open(part, "wb") as file:  # a name that is no UTF-8 is none to Arrow
+        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+
+
+def write_scan(folder: Path, stem: str, about: dict[str, Any], scan: Any) -> None:
+    """Keep what looking at a film found, a dataclass with `rows`, in hidden files while its captions are not done."""
+    rows, facts = _scan_files(folder, stem)
+    write_film(rows, CuratedFilm("", [], scan.rows))
+    found = TypeAdapter(type(scan)).dump_python(replace(scan, rows=[]), mode="json")
+    write_done(facts, about | {"scan": found})
+
+
+def read_scan(folder: Path, stem: str, about: dict[str, Any], kind: type[Scanned]) -> Scanned | None:
+    """What `write_scan` kept, if it was made with the same `about`."""
+    rows, facts = _scan_files(folder, stem)
+    kept = read_done(facts)
+    if any(kept.get(key) != value for key, value in about.items()):
+        return None
+    try:
+        scan: Any = TypeAdapter(kind).validate_python(kept["scan"])
+        return replace(scan, rows=read_film(rows).shots)
+    except (UserError, ValidationError):
+        return None
+
+
+def drop_scan(folder: Path, stem: str) -> None:
+    """Delete what `write_scan` kept."""
+    for path in _scan_files(folder, stem):
+        path.unlink(missing_ok=True)
+
+
+def _scan_files(folder: Path, stem: str) -> tuple[Path, Path]:
+    return folder / f".{stem}.scan.parquet", folder / f".{stem}.scan.json"
 
 
 def read_film(path: Path) -> CuratedFilm:
@@ -92,7 +129,8 @@ def read_film(path: Path) -> CuratedFilm:
         UserError: the file is missing or is not one of curation's.
     """
     try:
-        table = pq.read_table(path, partitioning=None)
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
         about = json.loads(table.schema.metadata[b"cinema"])
         rows = [CuratedShot(**row) for row in table.select(SCHEMA.names).to_pylist()]
         return CuratedFilm(about["film"], [Character(**c) for c in about["cast"]], rows)
@@ -134,21 +172,22 @@ def read_done(path: Path) -> dict[str, Any]:
 
 def write_done(path: Path, data: dict[str, Any]) -> None:
     """Write a done-file. Raises StoppedError where nothing can be written."""
-    with _writing(path):
+    with writing(path):
         write_json(path, data)
 
 
-def fingerprint(film: Path) -> str:
-    """A cheap digest of a file: its size, its first and its last MiB."""
-    size = film.stat().st_size
-    with open(film, "rb") as handle:
-        head = handle.read(2**20)
-        handle.seek(max(0, size - 2**20))
-        return hashlib.sha256(b"%d\n" % size + head + handle.read()).hexdigest()[:32]
+def fingerprint(film: BinaryIO) -> str:
+    """A cheap digest of an open file: its size, its first and its last MiB."""
+    size = film.seek(0, 2)
+    film.seek(0)
+    head = film.read(2**20)
+    film.seek(max(0, size - 2**20))
+    return hashlib.sha256(b"%d\n" % size + head + film.read()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while writing `path` into StoppedError, for the length of a block."""
     try:
         yield
     except OSError as error:

@@ -1,0 +1,74 @@
+"""Which keyframes are not worth training on: blank, black, blurred, a text card, or the last one again.
+
+Every filter is a number and a threshold, both of which are stored with the shot, so that another choice needs no
+second look at the film. Corrupt frames never get here: a keyframe is chosen among undamaged ones.
+
+Array axes: `h w` rows and columns of a keyframe; RGB or grey, 0-255.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+SMALL = (128, 64)  # pixels at which blur and repetition are judged: a small film that was enlarged is not blurred
+BLANK = 8.0  # grey levels within which 90 % of a blank frame lie
+BLACK = 24.0  # grey level above which 5 % of a frame lie at least, unless it is black
+BLURRED = 0.02  # detail of a frame that is still sharp at SMALL, as a share of its contrast
+CARD = 0.7  # share of a text card that is plain background behind thin, far brighter or darker strokes
+SAME = 2.0  # mean grey levels by which a frame differs from the last one kept at least
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the filters say: `scores` name -> (score, threshold), and why to set the frame aside, "" for not at all."""
+
+    scores: dict[str, tuple[float, float]]
+    reason: str
+
+
+class Filters:
+    """Judges the keyframes of one film, in order: it remembers the last one kept."""
+
+    def __init__(self) -> None:
+        self._last: Float[np.ndarray, "h w"] | None = None
+
+    def judge(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Finding:
+        """Score a keyframe. Only the one before it can make it a repetition: a set that returns later is welcome."""
+        grey = Image.fromarray(pixels).convert("L")
+        whole, small = np.asarray(grey), np.asarray(grey.resize(SMALL, Image.Resampling.BOX), np.float32)
+        low, high = np.percentile(pixels.mean(axis=-1), [5, 95])
+        differs = 255.0 if self._last is None else float(np.abs(small - self._last).mean())
+        tests = (  # the first that fails is the reason: a card is nearly blank
+            ("card", card := text_card(whole), CARD, card > CARD, "text card"),
+            ("contrast", float(high - low), BLANK, high - low < BLANK, "blank frame"),
+            ("brightness", float(high), BLACK, high < BLACK, "black frame"),
+            ("sharpness", sharp := sharpness(small), BLURRED, sharp < BLURRED, "blurred frame"),
+            ("difference", differs, SAME, differs < SAME, "the keyframe before it again"),
+        )
+        reason = next((reason for *_, failed, reason in tests if failed), "")
+        if not reason:
+            self._last = small
+        return Finding({name: (round(score, 4), least) for name, score, least, *_ in tests}, reason)
+
+
+def sharpness(grey: Float[np.ndarray, "h w"]) -> float:
+    """Standard deviation of what a 3 x 3 mean takes away, as a share of the picture's; 1 for noise, 0 for fog."""
+    rows = grey[:-2] + grey[1:-1] + grey[2:]
+    mean = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+    return float((grey[1:-1, 1:-1] - mean).std() / (grey.std() + 1e-6))
+
+
+def text_card(grey: UInt8[np.ndarray, "h w"]) -> float:
+    """Share of the picture within 12 grey levels of its median, where all else is thin and stands out; else 0.
+
+    Thin: at least half of what is more than 60 levels away lies within a hundredth of the height of what is not.
+    """
+    off = np.abs(grey.astype(np.int16) - int(np.median(grey)))
+    ink, reach = off > 60, max(1, len(grey) // 100)
+    core = ink[2 * reach :, reach:-reach] & ink[: -2 * reach, reach:-reach]
+    core &= ink[reach:-reach, 2 * reach :] & ink[reach:-reach, : -2 * reach]
+    if not 0.002 < ink.mean() < 0.3 or core.sum() > 0.5 * ink.sum():
+        return 0.0
+    return float((off <= 12).mean())

@@ -1,0 +1,151 @@
+"""Jobs in child processes, one each, so that a crash, a hang or a segmentation fault costs one job and not the run.
+
+Child and parent move in step: every message of the child waits for the parent's answer. So a child whose parent was
+killed ends at its next message, and a child that says nothing for too long is known to hang.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from cinema.curation.store import StoppedError
+
+TRIES = 2  # a crash may have been another's fault: memory taken away, a disk that was gone
+START_S = 600.0  # seconds that a child may need to import what it needs
+Ask = Callable[[str, Any], Any]  # (kind, value) -> the parent's answer
+
+
+@dataclass(frozen=True)
+class Died:
+    """The outcome of a job whose process crashed, hung or was killed at every try."""
+
+    reason: str
+
+
+class _Child:
+    """A process that does one job; `line` is ready to read when it has something to say, or is dead."""
+
+    def __init__(self, context: Any, function: Callable[[Any, Ask], Any], job: Any, number: int, tries: int):
+        self.number, self.tries = number, tries
+        self.line, theirs = context.Pipe()
+        self.process = context.Process(target=_main, args=(theirs, function, job), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.deadline = time.monotonic() + START_S
+
+    def end(self, grace_s: float = 0.0) -> str:
+        """Kill it if it does not end by itself in `grace_s` seconds, and say how it ended."""
+        self.process.join(grace_s)
+        self.process.kill()
+        self.process.join()
+        self.line.close()
+        code = self.process.exitcode or 0
+        self.process.close()
+        if code >= 0:
+            return f"its process ended with code {code}"
+        names = {s.value: s.name for s in signal.Signals}
+        return f"its process was ended by {names.get(-code, -code)}" + " (out of memory?)" * (code == -9)
+
+
+def run_jobs(
+    function: Callable[[Any, Ask], Any],
+    jobs: Sequence[Any],
+    *,
+    workers: int = 1,
+    limit_s: float = 900.0,
+    answer: Callable[[int, str, Any], Any] = lambda number, kind, value: True,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the job, what `function` returned or Died) in the order in which jobs end.
+
+    Args:
+        function: called in the child as `function(job, ask)`; as a job, it must be picklable.
+        jobs: one child each.
+        workers: children at a time.
+        limit_s: seconds that a child may say nothing before it is killed.
+        answer: called here for every message, as (number of the job, kind, value); the child gets what it returns.
+        go_on: once it says no, no further job is begun.
+
+    Raises:
+        StoppedError: a job raised it; all others are killed.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(["cinema.curation.run"])  # imported once, so a child starts in milliseconds
+    waiting, running = deque((number, 1) for number in range(len(jobs))), dict[Connection, _Child]()
+    try:
+        while (waiting and go_on()) or running:
+            while waiting and len(running) < workers and go_on():
+                number, tries = waiting.popleft()
+                child = _Child(context, function, jobs[number], number, tries)
+                running[child.line] = child
+            for child in _ready(running):
+                kind, value = _heard(child, limit_s, answer)
+                if kind in ("done", "died"):
+                    del running[child.line]
+                    how = child.end(0.0 if value else 1.0)
+                    if kind == "died" and child.tries < TRIES:
+                        waiting.appendleft((child.number, child.tries + 1))
+                        continue
+                    yield child.number, value if kind == "done" else Died(f"{value or how}; it was tried {TRIES} times")
+    finally:
+        for child in running.values():
+            child.end()
+
+
+def _ready(running: dict[Connection, _Child]) -> list[_Child]:
+    """Children that have something to say, are dead, or have been silent for too long."""
+    now = time.monotonic()
+    lines = wait(list(running), max(0.0, min(c.deadline for c in running.values()) - now))
+    return [c for line, c in running.items() if line in lines or c.deadline <= time.monotonic()]
+
+
+def _heard(child: _Child, limit_s: float, answer: Callable[[int, str, Any], Any]) -> tuple[str, Any]:
+    """One message of a child: ("done", result), ("died", why if known), or ("", None) for one that was answered."""
+    if not child.line.poll():
+        return "died", f"its process showed no progress for {limit_s:g} s"
+    try:
+        kind, value = child.line.recv()
+    except (EOFError, OSError):
+        return "died", ""
+    if kind == "stopped":
+        raise StoppedError(value)
+    if kind in ("done", "died"):
+        return kind, value
+    try:
+        child.line.send(kind == "started" or answer(child.number, kind, value))
+    except OSError:
+        return "died", ""
+    child.deadline = time.monotonic() + limit_s
+    return "", None
+
+
+def _main(line: Connection, function: Callable[[Any, Ask], Any], job: Any) -> None:
+    """What a child does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well, and ends us
+    if cv2 := sys.modules.get("cv2"):
+        cv2.setNumThreads(1)  # there is a child for every core
+
+    def ask(kind: str, value: Any) -> Any:
+        try:
+            line.send((kind, value))
+            return line.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the parent was killed
+
+    ask("started", None)
+    try:
+        kind, value = "done", function(job, ask)
+    except StoppedError as error:
+        kind, value = "stopped", str(error)
+    except Exception as error:
+        kind, value = "died", f"{type(error).__name__}: {error}"
+    line.send((kind, value))

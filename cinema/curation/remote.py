@@ -1,0 +1,125 @@
+"""Films and results at addresses such as ``s3://bucket/films``, through fsspec: copied here to be read, and sent when
+they are done.
+
+What is sent to an address is kept in a folder here as well, so a run that was killed goes on from there.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from cinema.curation.store import StoppedError
+from cinema.errors import UserError
+from cinema.files import atomic
+
+SMALL = (".json", ".jsonl", ".md")  # files that may change without changing their size
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address names another place than a path of this machine."""
+    return "://" in address
+
+
+def list_films(address: str, endings: frozenset[str]) -> list[str]:
+    """The film at an address, or the films below it by their endings, sorted.
+
+    Raises:
+        StoppedError: the place cannot be reached.
+    """
+    with _reaching(address):
+        fs, path = fsspec.url_to_fs(address)
+        if not fs.isdir(path):
+            return [address]
+        found = sorted(p for p in fs.find(path) if PurePosixPath(p).suffix.lower() in endings)
+        return [fs.unstrip_protocol(p) for p in found]
+
+
+def mirror(address: str) -> Path:
+    """The folder of this machine that mirrors an address; what is there and not here is fetched, videos excepted.
+
+    Raises:
+        StoppedError: the place cannot be reached.
+    """
+    folder = _cache(address)
+    with _reaching(address):
+        fs, root = fsspec.url_to_fs(address)
+        for path, facts in fs.find(root, detail=True).items() if fs.isdir(root) else ():
+            here = folder / PurePosixPath(path).relative_to(PurePosixPath(root))
+            if here.suffix != ".tar" and not here.exists():
+                with atomic(here) as part:
+                    fs.get_file(facts["name"], str(part))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda path: True) -> None:
+    """Send files of a mirror that are not at the address yet, done-files last; hidden files stay here.
+
+    Raises:
+        StoppedError: the place cannot be reached.
+    """
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and wanted(p)]
+    with _reaching(address):
+        fs, root = fsspec.url_to_fs(address)
+        for path in sorted(files, key=lambda p: p.name.endswith(".done.json")):
+            there = str(PurePosixPath(root) / path.relative_to(folder).as_posix())
+            if path.suffix in SMALL or not fs.exists(there) or fs.size(there) != path.stat().st_size:
+                fs.makedirs(str(PurePosixPath(there).parent), exist_ok=True)
+                fs.put_file(str(path), there)
+
+
+@contextmanager
+def fetched(source: str, film: Path, besides: Sequence[str] = (".json",)) -> Iterator[None]:
+    """Copy the film at `source`, and files of its stem with these endings, to `film` for the length of a block.
+
+    Raises:
+        UserError: there is no such film.
+        StoppedError: the place cannot be reached.
+    """
+    with _reaching(source):
+        fs, path = fsspec.url_to_fs(source)
+        missing = not fs.exists(path)
+    if missing:
+        raise UserError(f"{source}: there is no such film; correct the address")
+    with _reaching(source):
+        copies = {PurePosixPath(path): film}
+        copies |= {PurePosixPath(path).with_suffix(end): film.with_suffix(end) for end in besides}
+        for there, here in copies.items():
+            if here == film or fs.exists(str(there)):
+                with atomic(here) as part:
+                    fs.get_file(str(there), str(part))
+    try:
+        yield
+    finally:
+        for here in copies.values():
+            here.unlink(missing_ok=True)
+
+
+def opened(source: str) -> Any:
+    """The file at an address, to be read in parts; StoppedError if it cannot be reached."""
+    with _reaching(source):
+        return fsspec.open(source, "rb").open()
+
+
+def incoming(source: str) -> Path:
+    """Where on this machine `fetched` is to put the film at an address: always the same place."""
+    return _cache(source) / PurePosixPath(source).name
+
+
+def _cache(address: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "cinema" / "curate" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _reaching(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ImportError, ValueError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise StoppedError(f"{address}: cannot be reached ({why}); correct the address or the access to it") from None

@@ -1,0 +1,101 @@
+"""Finding films: in folders and links, whatever they are called, and how long they are.
+
+Files are opened in child processes only: a file that crashes a decoder must not end the run.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+
+from cinema.curation.film import probe
+from cinema.curation.pool import Ask, Died, run_jobs
+from cinema.curation.remote import is_remote, list_films
+from cinema.errors import UserError
+
+_ENDINGS = "3gp asf avi divx dv f4v flv m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf ogv rm rmvb ts vob webm wmv y4m"
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+# What opens as a "film" and is none: text drawn as a terminal, raw pixels of no known size, pictures.
+NO_FILMS = frozenset(["adf", "apng", "bin", "gif", "idf", "image2", "rawvideo", "tty", "xbin"])
+CHUNK = 64  # files that one child looks at
+
+
+def find_films(paths: Sequence[Path | str], out: Path | str = "") -> list[Path | str]:
+    """Films named, and those in folders named, with folders in them: sorted by path, each once.
+
+    A file with a film's ending is taken as one, whatever is in it; one with another ending if it opens as a film.
+    Hidden files are passed over, and so is the folder `out`. Links are followed, loops of them too. At an address
+    such as "s3://bucket/films" only endings count.
+
+    Raises:
+        UserError: a folder holds no film.
+    """
+    films, hidden = list[Path | str](), Path(out) if out and not is_remote(str(out)) else None
+    for path in paths:
+        found: Sequence[Path | str] = [Path(path)]
+        if is_remote(str(path)):
+            found = list_films(str(path), SUFFIXES)
+        elif Path(path).is_dir():
+            found = _films_in(Path(path), hidden)
+        if not found:
+            raise UserError(f"{path}: no film lies in this folder; name a folder with films, or the films")
+        films += found
+    return list(dict.fromkeys(films))
+
+
+def lengths(films: Sequence[Path]) -> list[tuple[int, float]]:
+    """Frames to expect, at least 1, and seconds, of every film; (1, 0.0) if it cannot be opened."""
+    return [found or (1, 0.0) for found in _look(list(films))]
+
+
+def _films_in(folder: Path, out: Path | None) -> list[Path]:
+    once = {path.resolve(): path for path in sorted(_files(folder, out), reverse=True)}  # of links to one, the first
+    files = sorted(once.values())
+    others = [path for path in files if path.suffix.lower() not in SUFFIXES]
+    no_films = {path for path, found in zip(others, _look(others, strict=True), strict=True) if found is None}
+    return [path for path in files if path not in no_films]
+
+
+def _files(folder: Path, out: Path | None) -> Iterator[Path]:
+    seen = {out.resolve()} if out else set[Path]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in names if not name.startswith(".") and (path := Path(place, name)).is_file())
+
+
+def _look(paths: list[Path], strict: bool = False) -> list[tuple[int, float] | None]:
+    """(frames, seconds) of every film, None for what is none; files that crash a child are none either."""
+    chunks = [(paths[i : i + CHUNK], strict) for i in range(0, len(paths), CHUNK)]
+    found: dict[int, list[tuple[int, float] | None]] = {}
+    for number, result in run_jobs(_look_here, chunks, limit_s=60.0):
+        files, _ = chunks[number]
+        if not isinstance(result, Died):
+            found[number] = result
+        elif len(files) == 1:
+            found[number] = [None]
+        else:  # one of them is to blame: each in a child of its own
+            found[number] = [one for file in files for one in _look([file], strict)]
+    return [one for number in range(len(chunks)) for one in found[number]]
+
+
+def _look_here(job: tuple[list[Path], bool], ask: Ask) -> list[tuple[int, float] | None]:
+    return [one for path in job[0] for one in (_facts(path, job[1]), ask("looked", None))[:1]]
+
+
+def _facts(path: Path, strict: bool) -> tuple[int, float] | None:
+    try:
+        film = probe(path)
+        if strict:
+            with av.open(str(path)) as container:
+                names = set(container.format.name.split(","))
+            if names & NO_FILMS or any(name.endswith("_pipe") for name in names):
+                return None
+        return film.expected_frames, film.duration_s or 0.0
+    except (UserError, OSError, ValueError, av.FFmpegError):
+        return None
