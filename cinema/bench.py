@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
+from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
     rng = np.random.default_rng(0)
     with av.open(str(film)) as source, av.open(str(path), "w") as target:
         old = source.streams.video[0]
-        stream = target.add_stream(codec, rate=old.average_rate)
+        rate = old.average_rate or Fraction(24)
+        stream: Any = target.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = old.width, old.height, "yuv420p"
         stream.options = {"crf": str(crf), "deadline": "realtime", "cpu-used": "8"}
         if codec == "mpeg4":
@@ -180,7 +182,7 @@ def roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
             noise = grain * rng.standard_normal(luma.shape) * (luma > 20)
             planes[: old.height] = np.clip(luma + noise, 16, 235).round()
             again = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-            again.pts, again.time_base = number, 1 / old.average_rate
+            again.pts, again.time_base = number, Fraction(1) / rate
             target.mux(stream.encode(again))
         target.mux(stream.encode(None))
 

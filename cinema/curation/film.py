@@ -73,7 +73,7 @@ def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]
     """The Y, U and V planes of a frame, colour at half the size; views into it where it is stored so."""
     if image.format.name not in PLANAR or (image.width, image.height) != (film.width, film.height):
         image = image.reformat(width=film.width, height=film.height, format="yuv420p")
-    sizes = [(p, np.frombuffer(p, np.uint8)[: p.height * p.line_size]) for p in image.planes]
+    sizes = [(p, np.frombuffer(memoryview(p), np.uint8)[: p.height * p.line_size]) for p in image.planes]
     return [rows.reshape(p.height, p.line_size)[:, : p.width] for p, rows in sizes]
 
 
