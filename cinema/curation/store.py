@@ -19,7 +19,7 @@ from cinema.errors import UserError
 from cinema.files import atomic, write_json
 from cinema.story import Character, Shot, Source, Story
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 ROW_GROUP = 32  # rows read together when a shot is fetched by number
 Scanned = TypeVar("Scanned")
 LONGEST = 600.0  # seconds that a Story's shot may last
