@@ -117,9 +117,15 @@ def test_guidance_extrapolates_from_the_empty_caption(folder: Path, monkeypatch:
     decode = cinema.keyframes.decode_tokens
     monkeypatch.setattr(cinema.keyframes, "decode_tokens", lambda v, x, s: (drawn.append(x), decode(v, x, s))[1])
     context = {0: Image.new("RGB", (128, 64), "red")}
-    for caption, guidance in ((FIVE.shots[1].caption, 1.0), (" ", 1.0), (FIVE.shots[1].caption, 3.0)):
+    for caption, guidance in (
+        (FIVE.shots[1].caption, 1.0),
+        ("", 1.0),
+        (FIVE.shots[1].caption, 3.0),
+    ):
         planner = KeyframePlanner.from_preset(tiny.preset(folder, steps=1, guidance=guidance))
-        planner.plan(story("<ada>", caption), known=context)
+        told = story("<ada>", "x")
+        told.shots[1].__dict__["caption"] = caption  # the empty one, too, which no story may have
+        planner.plan(told, known=context)
     with_caption, without, guided = drawn
     assert not torch.allclose(with_caption, without, atol=1e-3)
     assert torch.allclose(guided, without + 3 * (with_caption - without), atol=1e-4)  # a difference, times three
