@@ -34,9 +34,8 @@ from cinema.training.loop import HalfPrecision, run_training
 from cinema.training.stories import fingerprint, sample_shots
 from cinema.training.text import (
     T5Task,
-    cued_facts,
+    clause_targets,
     make_tokenizer,
-    ordered_facts,
     shot_captions,
     tokenize,
     vocabulary,
@@ -225,48 +224,31 @@ def test_pictures_round_trip() -> None:
     assert psnr(frames, frames * 0.9) > 15 and edge_error(frames, frames + 0.1).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_t5_is_asked_what_a_caption_says_and_told_only_the_cues() -> None:
-    line = "wide shot, forest. <ada> right, jumping: red round, crown. <bo> left, standing. pan left."
-    told = [
-        "left",
-        "standing",
-        "<bo>",
-        "right",
-        "red",
-        "round",
-        "crown",
-        "jumping",
-        "<ada>",
-        "forest",
-        "wide",
-        "pan",
-        "left",
-        "<|end|>",
-    ]
-    assert ordered_facts(line) == [(word, True) for word in told]
-    seen = set()
-    for seed in range(40):
-        facts = cued_facts(line, random.Random(seed))
-        cues = tuple(word for word, asked in facts if not asked)
-        assert sorted(word for word, _ in facts) == sorted(told) and len(cues) == 2
-        assert {{"<ada>": 0, "right": 0, "<bo>": 1, "left": 1}[cue] for cue in cues} == {0, 1}
-        seen.add(cues)
-    assert len(seen) == 8  # two orders, and for both characters name or place
+def test_every_word_of_a_clause_is_to_know_the_whole_clause() -> None:
+    tokenizer = make_tokenizer(start=False)
+    clauses = ["wide shot, forest.", "<ada> right, jumping: red round, crown.", "<bo> left, standing.", "pan left."]
+    (target,) = clause_targets(tokenizer, [" ".join(clauses)])
+    ids = tokenizer(" ".join(clauses)).input_ids
+    place = 0
+    for clause in clauses:
+        words = set(tokenizer(clause, add_special_tokens=False).input_ids)
+        for _ in words:
+            assert set(target[place].nonzero()[:, 0].tolist()) == words and ids[place] in words
+            place += 1
+    assert not target[place:].any() and ids[place] == tokenizer.eos_token_id
 
 
-def test_t5_answers_are_scored_where_they_are_asked_for() -> None:
-    task = T5Task(0, None, ordered=1)
+def test_t5_is_scored_on_words_and_not_on_padding(tmp_path: Path) -> None:
+    task, captions = T5Task(0, None), shot_captions(0, 1, 4)
     loss, figures = task.loss(task.model, Stage(steps=2, batch=4), step=1)
-    captions, rng = shot_captions(0, 1, 4), random.Random("cues/0/1")
-    told = [cued_facts(caption, rng) for caption in captions]
-    words, target = tokenize(task.tokenizer, captions), []
-    rows = [task.tokenizer.convert_tokens_to_ids([word for word, _ in facts]) for facts in told]
-    for row, facts in zip(rows, told, strict=True):
-        one = task.model(input_ids=words[len(target)][None], decoder_input_ids=torch.tensor([[0, *row[:-1]]])).logits[0]
-        asked = torch.tensor([asked for _, asked in facts])
-        target.append(torch.nn.functional.cross_entropy(one[asked], torch.tensor(row)[asked], reduction="none"))
-    torch.testing.assert_close(loss, torch.cat(target).mean(), rtol=1e-4, atol=1e-4)
+    words, target = tokenize(task.tokenizer, captions), clause_targets(task.tokenizer, captions).float()
+    error = torch.nn.functional.binary_cross_entropy_with_logits(task.model(words), target, reduction="none").sum(2)
+    real = (words != task.tokenizer.pad_token_id) & (words != task.tokenizer.eos_token_id)
+    torch.testing.assert_close(loss, error[real].mean())
     assert figures["exact"] == 0
+    task.sample(tmp_path / "sheet.png", Stage(steps=2, batch=4))
+    told = (tmp_path / "sheet.txt").read_text().splitlines()
+    assert shot_captions(0, 10**7, 8)[0] == told[0] and told[2].startswith("  shot: ")
 
 
 def test_tokenizers_know_the_shot_list_and_spell_the_rest() -> None:

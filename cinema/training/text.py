@@ -5,14 +5,13 @@ what a caption says of whom, and so learns whose colour a colour is. Flux's text
 so what T5 does not bind together nobody can.
 """
 
-import random
 from pathlib import Path
 from string import ascii_lowercase, digits
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -23,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
-    T5ForConditionalGeneration,
 )
 
 from cinema.config import TOY
@@ -37,17 +35,12 @@ from cinema.toyworld.world import (
     POSITIONS,
     SHAPES,
     SIZES,
-    Actor,
-    Look,
-    Setup,
-    parse_caption,
     sample_movie,
 )
 from cinema.training.autoencoder import frames_of_step, to_image
 from cinema.training.config import Stage
 
 PAD, END, START, UNKNOWN = "<|pad|>", "<|end|>", "<|start|>", "<|unknown|>"
-IGNORED = -100  # a label that no loss counts
 
 
 def vocabulary() -> list[str]:
@@ -79,127 +72,96 @@ def make_tokenizer(start: bool, length: int = TOY.keyframes.text_tokens) -> PreT
     )
 
 
-def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5ForConditionalGeneration:
-    """A T5 with few parameters: an encoder, and one decoder layer to train it with."""
-    return T5ForConditionalGeneration(
+def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
+    """A T5 encoder with few parameters."""
+    return T5EncoderModel(
         T5Config(
             vocab_size=len(vocabulary()),
             d_model=width,
             d_kv=width // heads,
             d_ff=2 * width,
             num_layers=layers,
-            num_decoder_layers=1,
             num_heads=heads,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
             pad_token_id=0,
-            decoder_start_token_id=0,  # type: ignore[call-arg]
             eos_token_id=1,
+            is_encoder_decoder=False,
             use_cache=False,
         )
     )
 
 
+class ClauseReader(nn.Module):
+    """What is trained: a T5 encoder, and a linear layer that reads from each word's state which words belong to it."""
+
+    def __init__(self, encoder: T5EncoderModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.belongs = nn.Linear(encoder.config.d_model, encoder.config.vocab_size)
+
+    def forward(self, words: Int[Tensor, "n t"]) -> Float[Tensor, "n t v"]:
+        """Logits, for every word, of every word of the vocabulary to stand in the same clause."""
+        return self.belongs(self.encoder(words).last_hidden_state)
+
+
 class T5Task:
-    """Text to text: a caption in, what it says of whom out.
+    """Every word learns its clause: from the state of any word all words of its clause can be read.
 
-    First it is told from left to right. Then each character is cued by its name or by its place; the cues stand in the
-    decoder's input and are not asked for. What is said of a character must so be found from its place as well as from
-    its name: which is how a picture asks, in its own shot and in later ones. Cues alone, without the first part, are
-    not learned: only captions of one character come out right.
-
-    Args:
-        ordered: first so many steps are told from left to right.
+    A colour so knows whose it is, by name and by place, and a name knows the look that is told with it. Flux's text
+    tokens have no positions of their own: what the encoder does not bind together, attention cannot find together.
     """
 
-    def __init__(self, seed: int, init: str | None, ordered: int = 0, **shape: Any) -> None:
+    def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
         torch.manual_seed(seed)
-        self.seed, self.ordered = seed, ordered
-        self.model = T5ForConditionalGeneration.from_pretrained(init) if init else small_t5(**shape)
+        self.seed = seed
+        self.model = ClauseReader(T5EncoderModel.from_pretrained(init) if init else small_t5(**shape))
         self.tokenizer = make_tokenizer(start=False)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """Cross entropy of the answers."""
-        captions, rng = shot_captions(self.seed, step, stage.batch), random.Random(f"cues/{self.seed}/{step}")
-        told = [ordered_facts(c) if step < self.ordered else cued_facts(c, rng) for c in captions]
-        answers, target = self._answers(model, captions, told)
-        out = F.cross_entropy(answers.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED)
-        right = ((answers.argmax(-1) == target) | (target == IGNORED)).all(1).float().mean()
-        return out, {"exact": right.item()}
+        """Binary cross entropy over the vocabulary, summed; mean over words."""
+        captions = shot_captions(self.seed, step, stage.batch)
+        words, target = tokenize(self.tokenizer, captions), clause_targets(self.tokenizer, captions)
+        counts = target.any(2)
+        logits = model(words).float()[counts]
+        error = F.binary_cross_entropy_with_logits(logits, target[counts].float(), reduction="none").sum(1).mean()
+        right = ((logits > 0) == target[counts]).all(1).float().mean()
+        return error, {"exact": right.item()}
 
     def save(self, folder: Path) -> None:
         """Write the encoder, and the tokenizer beside it."""
-        t5_encoder(self.model).save_pretrained(folder)
+        self.model.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
-        """Captions and what the decoder answers, the cues in brackets, as a text file beside `path`."""
-        captions, rng = shot_captions(self.seed, 10**7, 8), random.Random(0)
-        told = [cued_facts(caption, rng) for caption in captions]
-        answers, _ = self._answers(self.model, captions, told)
+        """Captions, and for every word the words that are read from its state, as a text file beside `path`."""
+        captions = shot_captions(self.seed, 10**7, 8)
+        found = self.model(tokenize(self.tokenizer, captions)) > 0
         lines = []
-        for caption, facts, ids in zip(captions, told, answers.argmax(-1).tolist(), strict=True):
-            said = self.tokenizer.convert_ids_to_tokens(ids[: len(facts)])
-            shown = [word if asked else f"[{cue}]" for word, (cue, asked) in zip(said, facts, strict=True)]
-            lines.append(f"{caption}\n  -> {' '.join(shown)}\n")
+        for caption, row in zip(captions, found, strict=True):
+            told = self.tokenizer.tokenize(caption)
+            read = (" ".join(self.tokenizer.convert_ids_to_tokens(x.nonzero()[:, 0].tolist())) for x in row)
+            lines += [caption, *(f"  {word}: {those}" for word, those in zip(told, read, strict=False)), ""]
         write_text(path.with_suffix(".txt"), "\n".join(lines))
 
-    def _answers(
-        self, model: nn.Module, captions: list[str], told: list[list[tuple[str, bool]]]
-    ) -> tuple[Float[Tensor, "n t v"], Int[Tensor, "n t"]]:
-        """Logits of every next word, and the words that are asked for."""
-        ids = [torch.tensor(self.tokenizer.convert_tokens_to_ids([word for word, _ in facts])) for facts in told]
-        asked = [torch.tensor([asked for _, asked in facts]) for facts in told]
-        target = [x.masked_fill(~a, IGNORED) for x, a in zip(ids, asked, strict=True)]
-        before = nn.utils.rnn.pad_sequence([F.pad(x[:-1], (1, 0)) for x in ids], batch_first=True)
-        words = tokenize(self.tokenizer, captions)
-        logits = model(input_ids=words, decoder_input_ids=before).logits
-        return logits, nn.utils.rnn.pad_sequence(target, batch_first=True, padding_value=IGNORED)
+
+def clause_targets(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Bool[Tensor, "n t v"]:
+    """For every word of a caption, the words of its clause; nothing for padding and the end."""
+    target = torch.zeros(len(captions), tokenizer.model_max_length, len(tokenizer), dtype=torch.bool)
+    for row, caption in zip(target, captions, strict=True):
+        start = 0
+        for clause in caption.split("."):
+            ids = tokenizer(clause, add_special_tokens=False).input_ids
+            row[start : start + len(ids), ids] = True
+            start += len(ids)
+    return target
 
 
 def shot_captions(seed: int, step: int, count: int) -> list[str]:
     """Captions of second and first shots of fresh movies; a function of (seed, step) alone."""
     movies = [sample_movie(f"captions/{seed}/{step}/{i}", 2) for i in range(count)]
     return [movie.captions()[i % 2] for i, movie in enumerate(movies)]
-
-
-def ordered_facts(text: str) -> list[tuple[str, bool]]:
-    """What a caption says, word by word, characters from left to right; every word is asked for."""
-    setup, looks = parse_caption(text)
-    words: list[str] = []
-    for actor in sorted(setup.actors, key=lambda a: POSITIONS[a.position]):
-        words += [actor.position, *_look_words(looks, actor), actor.action, actor.tag]
-    return [(word, True) for word in (*words, *_rest(setup))]
-
-
-def cued_facts(text: str, rng: random.Random) -> list[tuple[str, bool]]:
-    """What a caption says, word by word, and whether the word is asked for or a cue.
-
-    Characters come in random order, each led by its name or its place as a cue.
-    """
-    setup, looks = parse_caption(text)
-    facts: list[tuple[str, bool]] = []
-    for actor in rng.sample(setup.actors, len(setup.actors)):
-        cue, other = rng.sample((actor.tag, actor.position), 2)
-        facts += [(cue, False), *((word, True) for word in (other, *_look_words(looks, actor), actor.action))]
-    return facts + [(word, True) for word in _rest(setup)]
-
-
-def _look_words(looks: dict[str, Look], actor: Actor) -> list[str]:
-    return str(looks.get(actor.tag, "")).replace(",", "").split()
-
-
-def _rest(setup: Setup) -> list[str]:
-    return [setup.place, setup.size, *setup.camera.split(), END]
-
-
-def t5_encoder(model: T5ForConditionalGeneration) -> T5EncoderModel:
-    """The encoder half of a T5, as the Flux pipeline wants it."""
-    encoder = T5EncoderModel(T5Config.from_dict(model.config.to_dict() | {"is_encoder_decoder": False}))
-    own = encoder.state_dict()
-    encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
-    return encoder
 
 
 def small_clip(width: int = 128, layers: int = 2, heads: int = 4, image: int = 128, patch: int = 16) -> CLIPModel:
