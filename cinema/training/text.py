@@ -1,8 +1,7 @@
 """Text encoders of the toy preset: tokenizers over the shot list's words, a small T5, a small CLIP.
 
-CLIP is trained by contrast between frames and captions. T5 is trained text to text, as the real one was: it answers
-what a caption says of whom, and so learns whose colour a colour is. Flux's text tokens have no positions of their own,
-so what T5 does not bind together nobody can.
+CLIP is trained by contrast between frames and captions. T5's encoder is trained to bind: every word learns its clause,
+and so whose colour a colour is.
 """
 
 from pathlib import Path
