@@ -1,9 +1,7 @@
 """The data model: one `Story` is written by people, read from films, trained on, generated and scored.
 
-A story is a title, a cast, its sets and its shots in order. A character is named in captions by a tag
-such as ``<ada>``; a look is described in words, at the character's first appearance only, so that later
-shots can be drawn right only by whoever remembers.
-"""
+Captions name a character by a tag such as ``<ada>``, and describe its look at its first appearance only: later shots
+can be drawn right only by whoever remembers."""
 
 import re
 from collections.abc import Iterator
@@ -14,13 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cinema.errors import UserError
+from cinema.files import write_text
 
 TAG = re.compile(r"<[a-z][a-z0-9_-]*>")
 MAX_SHOTS = 5_000
-SCHEMA_VERSION: Literal[1] = 1
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-
 Tag = Annotated[str, Field(pattern=rf"^{TAG.pattern}$", description="a name in angle brackets, e.g. <ada>")]
 
 
@@ -77,7 +72,7 @@ class Shot(_Model):
     @field_validator("caption")
     @classmethod
     def _says_something(cls, value: str) -> str:
-        if not value.strip() or _CONTROL.search(value):
+        if not value.strip() or re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
             raise ValueError("the caption is blank or holds control characters; say in words what is seen")
         return value
 
@@ -92,7 +87,7 @@ class Shot(_Model):
 class Story(_Model):
     """A whole story; see the module's text. Every tag in a caption is in the cast, every shot's set is listed."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     title: str = Field(min_length=1, max_length=200)
     cast: list[Character] = []
     sets: list[Place] = []
@@ -100,37 +95,26 @@ class Story(_Model):
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Story":
-        tags = [c.tag for c in self.cast]
+        tags, places = [c.tag for c in self.cast], [p.name for p in self.sets]
         if twice := {t for t in tags if tags.count(t) > 1}:
             raise ValueError(f"the cast lists {', '.join(sorted(twice))} twice; give each character one entry")
-        names = [p.name for p in self.sets]
-        if twice := {n for n in names if names.count(n) > 1}:
+        if twice := {p for p in places if places.count(p) > 1}:
             raise ValueError(f"the sets list {min(twice)!r} twice; give each set one entry")
-        for i, character in enumerate(self.cast):
-            if unknown := [t for t in TAG.findall(character.description) if t not in tags]:
-                raise ValueError(f"cast.{i}: {unknown[0]} is not in the cast; add it there or correct the tag")
-        places = set(names)
-        for i, shot in enumerate(self.shots):
-            if unknown := [t for t in shot.tags if t not in tags]:
-                raise ValueError(f"shots.{i}: {unknown[0]} is not in the cast; add it there or correct the tag")
-            if shot.set is not None and shot.set not in places:
-                raise ValueError(f"shots.{i}: the set {shot.set!r} is not listed under sets; add it there")
+        named = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
+        for where, mentioned, place in [*named, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
+            if unknown := [t for t in mentioned if t not in tags]:
+                raise ValueError(f"{where}: {unknown[0]} is not in the cast; add it there or correct the tag")
+            if place is not None and place not in places:
+                raise ValueError(f"{where}: the set {place!r} is not listed under sets; add it there")
         return self
 
     def character(self, tag: str) -> Character:
         """The character with this tag; KeyError if there is none."""
-        for c in self.cast:
-            if c.tag == tag:
-                return c
-        raise KeyError(tag)
+        return {c.tag: c for c in self.cast}[tag]
 
     def first_appearances(self) -> dict[str, int]:
         """Tag → index of the first shot whose caption names it."""
-        first: dict[str, int] = {}
-        for i, shot in enumerate(self.shots):
-            for tag in shot.tags:
-                first.setdefault(tag, i)
-        return first
+        return {tag: i for i, shot in reversed([*enumerate(self.shots)]) for tag in shot.tags}
 
 
 def load_story(path: str | Path) -> Story:
@@ -151,19 +135,16 @@ def load_story(path: str | Path) -> Story:
 def parse_story(text: str, name: str = "story") -> Story:
     """Read a story from YAML text; `name` stands for the file in messages. Raises StoryError as `load_story` does."""
     try:
-        node = yaml.compose(text, Loader=yaml.CSafeLoader)
-        data = yaml.load(text, Loader=yaml.CSafeLoader)
-        twice = next(_repeated(node), None)
+        node, data = yaml.compose(text, yaml.CSafeLoader), yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", error)
         raise StoryError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
-    if twice is not None:
-        line = twice.start_mark.line + 1
-        raise StoryError(f"{name}, line {line}: {_short(twice.value)} stands there a second time; keep one of them")
-    if not isinstance(data, dict):
+    if node is None or not isinstance(data, dict):
         raise StoryError(f"{name}: not a story; it needs title, cast, sets and shots")
+    if twice := next(_repeated(node), None):
+        line, key = twice.start_mark.line + 1, _short(twice.value)
+        raise StoryError(f"{name}, line {line}: {key} stands there a second time; keep one of them")
     try:
         return Story.model_validate(data)
     except ValidationError as error:
@@ -172,31 +153,30 @@ def parse_story(text: str, name: str = "story") -> Story:
 
 def save_story(story: Story, path: str | Path) -> None:
     """Write a story as YAML; the file appears whole or not at all."""
-    from cinema.files import write_text
-
-    data = story.model_dump(exclude_none=True, exclude_defaults=False)
+    data = story.model_dump(exclude_none=True)
     write_text(Path(path), yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100))
 
 
-def _one_sentence(name: str, node: yaml.Node | None, error: ValidationError) -> str:
+def _one_sentence(name: str, node: yaml.Node, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    steps: list[Any] = list(first["loc"])
+    steps, kind, value = list[Any](first["loc"]), first["type"], first["input"]
     message = first["msg"].removeprefix("Value error, ")
     if not steps and (found := re.match(r"(shots|cast)\.(\d+): ", message)):
         steps, message = [found[1], int(found[2])], message[found.end() :]
-    if first["type"] == "too_long" and steps == ["shots"]:
-        message = f"{len(first['input'])} shots; a story holds at most {MAX_SHOTS}, split it"
-    elif first["type"] == "too_short" and steps == ["shots"]:
+    if kind == "too_long":  # of lists, the shots alone are bounded
+        message = f"{len(value)} shots; a story holds at most {MAX_SHOTS}, split it"
+    elif kind == "too_short":
         message = "a story needs at least one shot; add one with a caption"
-    elif first["type"] == "missing":
+    elif kind == "missing":
         message = "is missing; add it"
-    elif first["type"] == "extra_forbidden":
+    elif kind == "extra_forbidden":
         message = "is not a known key; remove or correct it"
-    elif "input" in first and not isinstance(first["input"], dict | list) and first["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, not {_short(first['input'])}"
-    where = ".".join(str(s) for s in steps)
-    line = _line_of(node, steps)
-    return f"{name}{f', line {line}' if line else ''}: {where + ': ' if where else ''}{message}"
+    elif kind != "value_error" and not isinstance(value, dict | list):
+        message = f"{message[0].lower()}{message[1:]}, not {_short(value)}"
+    for step in steps:  # to the node in question, or as near as there is one
+        pairs = [(k.value, v) for k, v in node.value] if isinstance(node, yaml.MappingNode) else enumerate(node.value)
+        node = next((inner for key, inner in pairs if key == step), node)
+    return ": ".join([f"{name}, line {node.start_mark.line + 1}", *[".".join(map(str, steps))] * bool(steps), message])
 
 
 def _short(value: object) -> str:
@@ -205,31 +185,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _line_of(node: yaml.Node | None, steps: list[Any]) -> int | None:
-    for step in steps:
-        child = next(_children(node, step), None)
-        if child is None:
-            break
-        node = child
-    return node.start_mark.line + 1 if node is not None else None
-
-
-def _repeated(node: yaml.Node | None) -> Iterator[yaml.Node]:
+def _repeated(root: yaml.Node) -> Iterator[yaml.Node]:
     """Keys that their mapping has had before: YAML lets the last win, and the first would be lost unsaid."""
-    waiting, known = [node] if node is not None else [], set[int]()  # a node may stand in many places, or in itself
-    while waiting:
-        node = waiting.pop()
+    waiting, known = [root], set[int]()  # a node may stand in many places, or in itself
+    for node in waiting:
         if id(node) in known or not isinstance(node, yaml.CollectionNode):
             continue
         known.add(id(node))
         if isinstance(node, yaml.MappingNode):
             keys = [(key.tag, str(key.value)) for key, _ in node.value]
-            yield from (key for i, (key, _) in enumerate(node.value) if keys[i] in set(keys[:i]))
+            yield from (key for i, (key, _) in enumerate(node.value) if keys[i] in keys[:i])
         waiting += [child[1] if isinstance(child, tuple) else child for child in node.value]
-
-
-def _children(node: yaml.Node | None, step: Any) -> Iterator[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        yield from (value for key, value in node.value if key.value == step)
-    elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
-        yield from node.value[step : step + 1]

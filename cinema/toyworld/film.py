@@ -1,9 +1,8 @@
-"""Shooting toy films: real H.264 files with hard cuts or with everything that makes cutting hard, and the exact truth.
+"""Shooting toy films: H.264 with hard cuts or with all that makes cutting hard, and beside ``a.mp4`` the exact truth.
 
-Beside ``a.mp4`` lies ``a.json``: the story, and for every shot its frames, caption, looks and boxes.
+``a.json`` has the story, and for every shot its frames, caption, looks and boxes.
 """
 
-import glob
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cinema.errors import UserError
-from cinema.files import write_json
+from cinema.files import sweep, write_json
 from cinema.media import FilmWriter
 from cinema.toyworld.draw import render
 from cinema.toyworld.reader import cut_out
@@ -75,8 +74,8 @@ def write_film(
     Raises:
         UserError: an odd height, shots too short for their transitions, or a path that is no MP4.
     """
-    settings = {"height": height, "fps": fps, "frames": frames, "transitions": transitions}
-    settings |= {"letterbox": letterbox, "titles": titles, "crf": crf}
+    settings = dict(height=height, fps=fps, frames=frames, transitions=transitions)
+    settings |= dict(letterbox=letterbox, titles=titles, crf=crf)
     least = 2 * OVERLAP + 1 if transitions else 1
     if frames < least or height < 16 or letterbox < 0:
         what = f"{frames} frames a shot of {height} pixels with bars of {letterbox}"
@@ -100,31 +99,21 @@ def write_film(
 
 
 def write_films(
-    count: int,
-    seed: int,
-    out: Path,
-    on_progress: Progress | None = None,
-    *,
-    shots: int = 8,
-    **options: Any,
+    count: int, seed: int, out: Path, on_progress: Progress | None = None, *, shots: int = 8, **options: Any
 ) -> list[Path]:
     """Write films of random movies into a folder; those that are there already are kept as they are.
 
     Args:
         count: how many films, ``film-<seed>-00000.mp4`` and so on.
-        seed: another seed, other films.
         on_progress: told (films done, of how many, message).
-        shots: shots of each film.
         options: as for `write_film`.
     """
-    films = []
-    for i in range(count):
-        movie, path = sample_movie(f"film/{seed}/{i}", shots), out / f"film-{seed}-{i:05d}.mp4"
-        for stale in out.glob(f".{glob.escape(path.stem)}.part*"):  # of a run that was killed while writing
-            stale.unlink()
+    films = [out / f"film-{seed}-{i:05d}.mp4" for i in range(count)]
+    for i, path in enumerate(films):
+        movie = sample_movie(f"film/{seed}/{i}", shots)
+        sweep(out, path.stem)
         if not _is_finished(movie, path, options):
             write_film(movie, path, **options)
-        films.append(path)
         if on_progress:
             on_progress(i + 1, count, path.name)
     return films

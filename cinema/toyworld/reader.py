@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from cinema.toyworld.draw import Paper, camera_at, draw_character
+from cinema.toyworld.draw import PARALLAX, Paper, camera_at, draw_character
 from cinema.toyworld.world import (
     ACTIONS,
     CAMERAS,
@@ -38,7 +38,6 @@ MARGIN = 4  # pixels from a silhouette to the background that is beside it for s
 ANYTHING = 0.03  # highest price of a background pixel
 WRONG = 0.06  # highest price of a pixel that a character should explain
 THERE = 0.1  # least confidence of a character that is there; on empty sets nothing gets above 0
-PARALLAX = 0.6  # of what the characters move, the set does
 FINALISTS = 16  # looks that are compared at full resolution
 
 Trial = tuple[int, int, int]  # look, and offsets down and across, counted from -REACH
@@ -97,8 +96,7 @@ def cut_out(
     """
     sheets = []
     for ground in ((0, 0, 0), (255, 255, 255)):
-        paper = Paper(height, aspect * height, ground)
-        paper.camera = camera_at(setup, time)
+        paper = Paper(height, ground, camera_at(setup, time), aspect)
         draw_character(paper, look, actor, setup.size, time)
         sheets.append(np.asarray(paper.picture(), np.float32) / 255)
     return sheets[0], 1 - (sheets[1] - sheets[0]).mean(-1)

@@ -1,7 +1,6 @@
 """The toy world's facts: what exists, what a film of it contains, and how it is put into words.
 
-A look belongs to its movie, not to the name: the same name has another look in the next movie, and a caption
-describes a look only at the character's first appearance. Captions are written like a shot list::
+A look belongs to its movie, not to the name, and is described only at its character's first appearance::
 
     wide shot, forest. <ada> left, jumping: red round, crown. <bo> right, standing. pan left.
 """
@@ -9,23 +8,18 @@ describes a look only at the character's first appearance. Captions are written 
 import hashlib
 import random
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
 
 from cinema.config import TOY, TOY_NAMES
 from cinema.story import Character, Place, Shot, Story
 
+# fmt: off
 COLOURS = {
-    "red": (214, 62, 52),
-    "orange": (240, 145, 44),
-    "yellow": (246, 212, 72),
-    "green": (74, 160, 78),
-    "teal": (42, 168, 170),
-    "blue": (62, 98, 214),
-    "purple": (134, 72, 184),
-    "pink": (242, 132, 178),
-    "white": (243, 240, 232),
-    "brown": (128, 84, 52),
+    "red": (214, 62, 52), "orange": (240, 145, 44), "yellow": (246, 212, 72), "green": (74, 160, 78),
+    "teal": (42, 168, 170), "blue": (62, 98, 214), "purple": (134, 72, 184), "pink": (242, 132, 178),
+    "white": (243, 240, 232), "brown": (128, 84, 52),
 }
 SHAPES = ("round", "square", "triangle", "tall", "diamond", "pear")
 HATS = ("bare", "cone", "tophat", "crown", "bow")
@@ -37,11 +31,14 @@ PLACES = {  # sky, far layer, ground
     "snow": ((204, 218, 238), (160, 182, 214), (242, 244, 250)),
     "night": ((32, 38, 84), (52, 58, 110), (46, 72, 78)),
 }
+# fmt: on
 SIZES = {"wide": 0.40, "medium": 0.60, "close": 0.86}  # height of a character, in frame heights
 CAMERAS = ("static", "pan left", "pan right", "push in")
 ACTIONS = ("standing", "jumping", "swaying", "walking", "waving")
 POSITIONS = {"left": 0.5, "center": 1.0, "right": 1.5}  # in frame heights; the frame is 2 wide
 FRAMES, FPS = TOY.video.frames, TOY.video.fps
+
+RGB = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -82,24 +79,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class SetDesign:
-    """A set of one movie: its own palette, horizon, props and sun.
-
-    Attributes:
-        sky, far, ground: RGB.
-        horizon: height of the horizon from the top, in frame heights.
-        props: (x in frame heights, size in frame heights, variant in [0, 1)) each.
-        sun: (x, y) in frame heights.
-        hills: phase and height of the far layer.
-    """
+    """A set of one movie: its own palette, horizon, props and sun; lengths are in frame heights."""
 
     place: str
-    sky: tuple[int, int, int]
-    far: tuple[int, int, int]
-    ground: tuple[int, int, int]
-    horizon: float
-    props: tuple[tuple[float, float, float], ...]
-    sun: tuple[float, float]
-    hills: tuple[float, float]
+    sky: RGB
+    far: RGB
+    ground: RGB
+    horizon: float  # from the top
+    props: tuple[tuple[float, float, float], ...]  # x, size, and a variant in [0, 1)
+    sun: tuple[float, float]  # x, y
+    hills: tuple[float, float]  # phase and height of the far layer
 
 
 @dataclass(frozen=True)
@@ -109,24 +98,20 @@ class Movie:
     title: str
     cast: dict[str, Look]
     sets: dict[str, SetDesign]
-    shots: list[Setup] = field(default_factory=list)
+    shots: list[Setup]
 
     def captions(self) -> list[str]:
         """One caption a shot; a look is described where its character appears first."""
-        seen: set[str] = set()
-        lines = []
+        lines, seen = list[str](), set[str]()
         for shot in self.shots:
-            new = {a.tag: self.cast[a.tag] for a in shot.actors if a.tag not in seen}
-            seen |= set(new)
-            lines.append(caption(shot, new))
+            lines.append(caption(shot, {a.tag: self.cast[a.tag] for a in shot.actors if a.tag not in seen}))
+            seen |= {a.tag for a in shot.actors}
         return lines
 
     def story(self) -> Story:
         """The movie as a `Story`, without pictures."""
-        shots = [
-            Shot(caption=line, set=shot.place, duration=FRAMES / FPS)
-            for line, shot in zip(self.captions(), self.shots, strict=True)
-        ]
+        told = zip(self.captions(), self.shots, strict=True)
+        shots = [Shot(caption=line, set=shot.place, duration=FRAMES / FPS) for line, shot in told]
         cast = [Character(tag=tag, description=str(look)) for tag, look in self.cast.items()]
         return Story(title=self.title, cast=cast, sets=[Place(name=p) for p in self.sets], shots=shots)
 
@@ -138,11 +123,9 @@ def all_looks() -> list[Look]:
 
 def caption(setup: Setup, new_looks: dict[str, Look]) -> str:
     """A shot in the shot list's language; `new_looks` are the looks to describe."""
-    clauses = [f"{setup.size} shot, {setup.place}."]
-    for a in setup.actors:
-        look = f": {new_looks[a.tag]}" if a.tag in new_looks else ""
-        clauses.append(f"{a.tag} {a.position}, {a.action}{look}.")
-    return " ".join([*clauses, f"{setup.camera}."])
+    looks = {tag: f": {look}" for tag, look in new_looks.items()}
+    actors = [f"{a.tag} {a.position}, {a.action}{looks.get(a.tag, '')}." for a in setup.actors]
+    return " ".join([f"{setup.size} shot, {setup.place}.", *actors, f"{setup.camera}."])
 
 
 _ACTOR = re.compile(
@@ -153,11 +136,7 @@ _SHOT = re.compile(rf"^({'|'.join(SIZES)}) shot, ({'|'.join(PLACES)})\. (.*?) ?(
 
 
 def parse_caption(text: str) -> tuple[Setup, dict[str, Look]]:
-    """Read a caption back: the setup and the looks it describes.
-
-    Raises:
-        ValueError: the text is not in the shot list's language.
-    """
+    """Read a caption back: the setup and the looks it describes; ValueError for text in another language."""
     shot = _SHOT.match(text)
     if not shot or _ACTOR.sub("", shot[3]).strip():
         raise ValueError(f"not a shot-list caption: {text!r}; see cinema.toyworld.world.caption for the form")
@@ -169,18 +148,11 @@ def parse_caption(text: str) -> tuple[Setup, dict[str, Look]]:
 
 def sample_set(place: str, rng: random.Random) -> SetDesign:
     """A set of this kind with a palette and props of its own."""
-    sky, far, ground = (_jitter(c, rng) for c in PLACES[place])
-    slots = rng.sample(range(8), 5)
-    return SetDesign(
-        place=place,
-        sky=sky,
-        far=far,
-        ground=ground,
-        horizon=rng.uniform(0.52, 0.66),
-        props=tuple(sorted((s / 4 + rng.uniform(0.02, 0.23), rng.uniform(0.22, 0.40), rng.random()) for s in slots)),
-        sun=(rng.uniform(0.2, 1.8), rng.uniform(0.12, 0.26)),
-        hills=(rng.uniform(0, 6.28), rng.uniform(0.05, 0.12)),
-    )
+    sky, far, ground = (clamp(v + rng.randint(-14, 14) for v in colour) for colour in PLACES[place])
+    slots, horizon = rng.sample(range(8), 5), rng.uniform(0.52, 0.66)
+    props = sorted((s / 4 + rng.uniform(0.02, 0.23), rng.uniform(0.22, 0.40), rng.random()) for s in slots)
+    sun, hills = (rng.uniform(0.2, 1.8), rng.uniform(0.12, 0.26)), (rng.uniform(0, 6.28), rng.uniform(0.05, 0.12))
+    return SetDesign(place, sky, far, ground, horizon, tuple(props), sun, hills)
 
 
 def sample_movie(seed: int | str, shots: int, looks: str = "train", returns: bool = False) -> Movie:
@@ -188,30 +160,26 @@ def sample_movie(seed: int | str, shots: int, looks: str = "train", returns: boo
 
     Args:
         seed: any; films of different seeds are independent.
-        shots: number of shots.
         looks: "train" leaves the held-out tenth of looks aside, "unseen" uses only it, "all" uses every look.
         returns: end on a shot of whoever appeared first, after an absence (a flashback, for retrieval).
     """
     rng = random.Random(f"toyworld/{seed}")
     pool = [x for x in all_looks() if looks == "all" or x.held_out == (looks == "unseen")]
     tags = [f"<{n}>" for n in rng.sample(TOY_NAMES, rng.choice((2, 3, 3, 4)))]
-    cast: dict[str, Look] = {}
+    cast = dict[str, Look]()
     for tag in tags:
-        free = [x for x in pool if x.colour not in {c.colour for c in cast.values()}]
-        cast[tag] = rng.choice(free)
+        cast[tag] = rng.choice([x for x in pool if x.colour not in {c.colour for c in cast.values()}])
     sets = {p: sample_set(p, rng) for p in rng.sample(list(PLACES), rng.choice((2, 3)))}
     place = rng.choice(list(sets))
-    line = []
+    line = list[Setup]()
     for _ in range(shots):
-        if rng.random() < 0.3:
-            place = rng.choice(list(sets))
+        place = rng.choice(list(sets)) if rng.random() < 0.3 else place
         line.append(_sample_setup(place, tags, rng))
     if returns and shots > 2:
         absent = line[0].actors[0].tag
-        others = [t for t in tags if t != absent]
-        line[1:-1] = [_sample_setup(s.place, others, rng) for s in line[1:-1]]
+        line[1:-1] = [_sample_setup(s.place, [t for t in tags if t != absent], rng) for s in line[1:-1]]
         line[-1] = Setup(line[0].place, "medium", "static", (Actor(absent, "center", "standing"),))
-    return Movie(title=f"Toy film {seed}", cast=cast, sets=sets, shots=line)
+    return Movie(f"Toy film {seed}", cast, sets, line)
 
 
 def _sample_setup(place: str, tags: list[str], rng: random.Random) -> Setup:
@@ -222,6 +190,7 @@ def _sample_setup(place: str, tags: list[str], rng: random.Random) -> Setup:
     return Setup(place, size, rng.choice(CAMERAS), actors)
 
 
-def _jitter(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
-    r, g, b = (max(0, min(255, v + rng.randint(-14, 14))) for v in colour)
+def clamp(channels: Iterable[float]) -> RGB:
+    """Three numbers as a colour."""
+    r, g, b = (max(0, min(255, round(v))) for v in channels)
     return r, g, b
