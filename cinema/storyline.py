@@ -1,8 +1,6 @@
 """Reading plain English: a storyline becomes beats, each saying who does what, where, and how it is seen.
 
-A small deterministic reader that knows only what the toy world can draw; its words are in `lexicon.yaml`. It keeps
-account of the words it used and of those it could make nothing of.
-"""
+A small deterministic reader that knows only what the toy world can draw; its words are in `lexicon.yaml`."""
 
 import re
 import textwrap
@@ -19,6 +17,7 @@ from cinema.errors import UserError
 MAX_CAST = 100
 LOOKS = ("colour", "shape", "hat")
 _OF_THE_WORLD = ("place", "size", "camera", "position", "action", *LOOKS)
+_PEOPLE = {"name", "pronoun", "creature", "group"}
 _WEATHER = ("snow", "night")  # these give way to a set that is a place: a moonlit forest is a forest
 _LEXICON = yaml.safe_load(Path(__file__).with_name("lexicon.yaml").read_text(encoding="utf-8"))
 _NOBODY, _WHERE = (re.compile(_LEXICON[key].replace("\n", "|")) for key in ("nobody", "where"))
@@ -49,8 +48,7 @@ class Beat:
 def _pattern(names: set[str]) -> re.Pattern[str]:
     """One pattern for everything: names first, then a group `kind__value` for each entry, unknown words last."""
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)"
-    parts = [rf"(?-i:(?P<name><(?:{known.lower()})>|\b(?:{known})(?!\w)))"]
-    edge = r"(?!\B\w)"  # not in the middle of a word
+    parts, edge = [rf"(?-i:(?P<name><(?:{known.lower()})>|\b(?:{known})(?!\w)))"], r"(?!\B\w)"  # `edge` of a word
     for kind, entries in _LEXICON["words"].items():
         for value, words in entries.items():
             words = words.replace(")+", r")(?:e?s|\w?ed|\w?ing)?").replace("~", "(?:e[sd]?|ing)").replace("\n", "|")
@@ -123,26 +121,23 @@ class StorylineReader:
         if len(self.names) > MAX_CAST:
             raise UserError(f"the storyline names {len(self.names)} characters; a story has {MAX_CAST} at most")
         self.pattern = _pattern(self.names)
-        self.cast: dict[str, dict[str, str]] = {}
-        self.recent: list[str] = []  # tags, last mentioned last
-        self.doers: list[str] = []  # who acted last
-        self.said: dict[str, str] = {}  # tag -> she, he or it
-        self.nouns: dict[str, str] = {}  # "fox" -> tag
-        self.tags_of: dict[str, str] = {}  # "Ada" or "fox", in lower case -> tag
-        self.beats: list[Beat] = []
-        self.understood: list[str] = []
-        self.left_out: list[str] = []
+        self.cast = dict[str, dict[str, str]]()
+        self.recent, self.doers = list[str](), list[str]()  # tags, last mentioned last; who acted last
+        self.said = dict[str, str]()  # tag -> she, he or it
+        self.nouns = dict[str, str]()  # "fox" -> tag
+        self.tags_of = dict[str, str]()  # "Ada" or "fox", in lower case -> tag
+        self.beats, self.understood, self.left_out = list[Beat](), list[str](), list[str]()
         for number, sentence in enumerate(sentences, 1):
-            self._read(number, sentence)
+            self._read(f"sentence {number}: ", sentence)
         if not self.beats:
             raise UserError("the storyline names no set, character or action that I know; say who does what and where")
         if not self.cast:
             self._invent()
 
-    def _read(self, number: int, text: str) -> None:
+    def _read(self, where: str, text: str) -> None:
         self.tokens, self.beat = _tokens(text, self.pattern), Beat()
-        self.waiting: list[str] = []  # named, and yet to act
-        self.ahead: dict[str, _Token] = {}  # said of whoever is named next
+        self.waiting = list[str]()  # named, and yet to act
+        self.ahead = dict[str, _Token]()  # said of whoever is named next
         for i, token in enumerate(self.tokens):
             if handle := getattr(self, f"_on_{token.kind}", None):
                 handle(i, token)
@@ -154,23 +149,19 @@ class StorylineReader:
         if self.beat.actors or self.beat.setting:
             self.beats.append(self.beat)
         told = [t for t in self.tokens if t.used and (t.tags or t.kind in _OF_THE_WORLD)]
-        if told:
-            listed = "; ".join(f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told)
-            self.understood.append(f"sentence {number}: {listed}")
-        if unused := self._unused(text):
-            self.left_out.append(f"sentence {number}: " + "; ".join(f"“{group}”" for group in unused))
+        if listed := [f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told]:
+            self.understood.append(where + "; ".join(listed))
+        if unused := [f"“{text[start:end]}”" for start, end in self._unused()]:
+            self.left_out.append(where + "; ".join(unused))
 
-    def _unused(self, text: str) -> list[str]:
-        """Words nothing was made of, with the small words between them."""
-        spans: list[list[int]] = []
-        together = False
+    def _unused(self) -> list[tuple[int, int]]:
+        """Where words stand that nothing was made of, with the small words between them."""
+        spans, together = list[tuple[int, int]](), False
         for t in self.tokens:
-            if not t.used and together:
-                spans[-1][1] = t.end
-            elif not t.used:
-                spans.append([t.start, t.end])
+            if not t.used:
+                spans.append((spans.pop()[0] if together else t.start, t.end))
             together = not t.used or (together and t.kind in ("det", "prep", "filler", "link"))
-        return [text[start:end] for start, end in spans]
+        return spans
 
     def _cut(self, keep: dict[str, str | None]) -> None:
         """Begin another shot within the sentence, with these actors; who only just came leaves the old one."""
@@ -187,8 +178,6 @@ class StorylineReader:
 
     def _before(self, i: int, *skip: str) -> _Token | None:
         return next((t for t in reversed(self.tokens[:i]) if t.kind not in skip), None)
-
-    # --- who ---
 
     def _on_name(self, i: int, token: _Token) -> None:
         self._mention(i, self._tag(token.text))
@@ -252,10 +241,9 @@ class StorylineReader:
     def _tag(self, name: str) -> str:
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
         plain = re.sub(r"[^a-z0-9_-]", "", plain).lstrip("0123456789_-")
-        first = zlib.crc32(name.encode()) % len(TOY_NAMES)
+        first, key = zlib.crc32(name.encode()) % len(TOY_NAMES), name.casefold()
         others = (*TOY_NAMES[first:], *TOY_NAMES[:first])  # for names that leave nothing, or what another has
         wanted = [f"<{word}>" for word in (plain, *others) if word]
-        key = name.casefold()
         taken = {tag for known, tag in self.tags_of.items() if known != key}
         return self.tags_of.setdefault(key, next((tag for tag in wanted if tag not in taken), wanted[0]))
 
@@ -266,23 +254,20 @@ class StorylineReader:
         self.understood.append(f"the text names nobody here, so {tag} plays the part")
         return tag
 
-    # --- what they do ---
-
     def _on_action(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
         nouns = [t for t in clause if t.kind == "word" and not t.text.endswith("ly")]
-        if not any(t.tags for t in clause):
-            if nouns and clause[0].kind == "det":  # somebody unknown acts: a leaf, the wind
-                if self.names or token.value == "standing":
-                    token.used = False
-                    return
-                nouns[-1].used = True
-                self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
-            elif not any(t.tags for t in self.tokens[:i]) and any(
-                t.kind in ("name", "pronoun", "creature", "group") for t in self.tokens[i:]
-            ):
-                self.ahead["action"] = token
+        if any(t.tags for t in clause):
+            pass
+        elif nouns and clause[0].kind == "det":  # somebody unknown acts: a leaf, the wind
+            if self.names or token.value == "standing":
+                token.used = False
                 return
+            nouns[-1].used = True
+            self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
+        elif not any(t.tags for t in self.tokens[:i]) and _PEOPLE & {t.kind for t in self.tokens[i:]}:
+            self.ahead["action"] = token
+            return
         self._act(token)
 
     def _act(self, token: _Token) -> None:
@@ -308,8 +293,6 @@ class StorylineReader:
         else:  # `on the left, Ada ...`
             self.ahead["position"] = token
 
-    # --- where, and how it is seen ---
-
     def _on_place(self, i: int, token: _Token) -> None:
         old, before = self.beat.setting.get("place"), self._before(i, "det", "word")
         link = before.text.lower() if before else ""
@@ -332,20 +315,17 @@ class StorylineReader:
 
     _on_size = _on_camera = _set
 
-    # --- how they look ---
-
     def _on_look(self, i: int, token: _Token) -> None:
         """A look is of the name that follows, or else of the name before, unless its owner does something between."""
 
         def passes(t: _Token, *kinds: str) -> bool:
             return t.kind in ("called", *LOOKS, *kinds) or (t.kind == "word" and not _VERB.search(t.text))
 
-        token.used, is_hat = False, token.kind == "hat"
-        following, preceding = self.tokens[i + 1 :], reversed(self.tokens[:i])
+        token.used, is_hat, following = False, token.kind == "hat", self.tokens[i + 1 :]
         if not is_hat and any(t.kind in ("hat", "place") or t.text in ("hat", "cap") for t in following[:1]):
             return  # the hat's own colour, the blue sea
         after = next((t for t in following if not (passes(t) or t.text == "and")), None)
-        small = ("det", "filler", "link", "pause")
+        preceding, small = reversed(self.tokens[:i]), ("det", "filler", "link", "pause")
         before = next((t for t in preceding if t.tags or not (is_hat or passes(t, *small) or t.text == "with")), None)
         if after and after.kind in ("name", "creature"):
             self.ahead[token.kind] = token

@@ -1,8 +1,7 @@
 """From a paragraph of plain English to a story: a language model where one is configured, else our own reader.
 
-The reader (`cinema.storyline`) turns sentences into beats; here every beat is staged as a shot in the toy world's
-grammar, and what the text leaves open is chosen, always the same way, and said.
-"""
+`cinema.storyline` turns sentences into beats; here every beat is staged as a shot in the toy world's grammar, and what
+the text leaves open is chosen, always the same way, and said."""
 
 import json
 import random
@@ -71,9 +70,6 @@ def caption_faults(story: Story) -> list[str]:
     return faults
 
 
-# --- the staging ---
-
-
 @dataclass
 class _Stage:
     """Turns beats into setups; what the text leaves open it chooses, and `chosen` says so."""
@@ -102,10 +98,9 @@ class _Stage:
             self._shoot(group, beat, setting)
 
     def _shoot(self, group: list[str], beat: Beat, setting: dict[str, str]) -> None:
-        place = setting.get("place", self.place)
-        actions = [beat.actors.get(tag) or "standing" for tag in group]
+        place, actions = setting.get("place", self.place), [beat.actors.get(tag) or "standing" for tag in group]
         fits = [size for size, most in _MOST_ACTORS.items() if len(group) <= most]
-        if len(group) == 2 and "center" in [beat.positions.get(tag) for tag in group]:
+        if len(group) == 2 and "center" in map(beat.positions.get, group):
             fits = ["wide"]
         if setting.get("size") in fits:
             size = setting["size"]
@@ -116,11 +111,10 @@ class _Stage:
             size = "close" if "close" in fits and still and self.setups[-1].size != "close" else "medium"
         usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
         camera = setting.get("camera", usual)
-        spots = _spots(group, beat.positions, size)
-        self.setups.append(Setup(place, size, camera, tuple(map(Actor, group, spots, actions))))
+        actors = map(Actor, group, _spots(group, beat.positions, size), actions)
+        self.setups.append(Setup(place, size, camera, tuple(actors)))
         self.place, self.camera_given = place, "camera" in setting
-        picked = [size] * (setting.get("size") != size) + [camera] * ("camera" not in setting)
-        if picked:
+        if picked := [size] * (setting.get("size") != size) + [camera] * ("camera" not in setting):
             self.chosen.append(f"shot {len(self.setups)}: {', '.join(picked)}")
 
 
@@ -135,18 +129,6 @@ def _spots(group: list[str], told: dict[str, str], size: str) -> list[str]:
     return [spots[tag] for tag in group]
 
 
-def _look(tag: str, given: dict[str, str], taken: set[str]) -> Look:
-    """What the text says of a look, the rest by the name's hash; no colour twice while there are enough."""
-    seed = zlib.crc32(tag.encode())
-    colours = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS)
-    chosen = {
-        "colour": colours[seed % len(colours)],
-        "shape": world.SHAPES[seed // 11 % len(world.SHAPES)],
-        "hat": world.HATS[seed // 101 % len(world.HATS)],
-    }
-    return Look(**chosen | given)
-
-
 def _read(storyline: str, title: str | None) -> WrittenStory:
     reader = StorylineReader(storyline)
     places = [b.setting["place"] for b in reader.beats if "place" in b.setting]
@@ -157,15 +139,8 @@ def _read(storyline: str, title: str | None) -> WrittenStory:
         stage.play(Beat(setting=stage.carried | {"place": stage.place}))
     if len(stage.setups) > MAX_SHOTS:
         raise UserError(f"the storyline makes {len(stage.setups)} shots; a story holds at most {MAX_SHOTS}, split it")
-    looks, notes = dict[str, Look](), list(reader.understood)
-    taken = {given["colour"] for given in reader.cast.values() if "colour" in given}
-    for tag, given in reader.cast.items():
-        looks[tag] = _look(tag, given, taken)
-        taken.add(looks[tag].colour)
-        own = [getattr(looks[tag], kind) for kind in LOOKS if kind not in given]
-        chosen = f" ({', '.join(own)} chosen, as the text does not say)" if own else ""
-        notes.append(f"{tag} is {looks[tag]}{chosen}")
-    notes += [] if places else ["no set is named, so it is a forest"]
+    looks, notes = _looks(reader.cast)
+    notes = reader.understood + notes + ["no set is named, so it is a forest"] * (not places)
     notes += [f"chosen, as the text does not say: {'; '.join(stage.chosen)}"] if stage.chosen else []
     cast = {actor.tag: looks[actor.tag] for setup in stage.setups for actor in setup.actors}
     people = " and ".join(tag[1:-1].capitalize() for tag in list(cast)[:2])
@@ -174,7 +149,20 @@ def _read(storyline: str, title: str | None) -> WrittenStory:
     return WrittenStory(world.Movie(title, cast, sets, stage.setups).story(), notes, reader.left_out)
 
 
-# --- the language model ---
+def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]:
+    """What the text says of looks, the rest by the name's hash, and said; no colour twice while there are enough."""
+    looks, notes = dict[str, Look](), list[str]()
+    taken = {given["colour"] for given in cast.values() if "colour" in given}
+    for tag, given in cast.items():
+        colours, seed = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS), zlib.crc32(tag.encode())
+        hashed = zip(LOOKS, (colours, world.SHAPES, world.HATS), (1, 11, 101), strict=True)
+        chosen = {kind: words[seed // skip % len(words)] for kind, words, skip in hashed}
+        looks[tag] = Look(**chosen | given)
+        taken.add(looks[tag].colour)
+        own = [word for kind, word in chosen.items() if kind not in given]
+        said = f" ({', '.join(own)} chosen, as the text does not say)" if own else ""
+        notes.append(f"{tag} is {looks[tag]}{said}")
+    return looks, notes
 
 
 def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:

@@ -11,7 +11,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cinema.errors import UserError
@@ -19,7 +18,7 @@ from cinema.files import sweep, write_json
 from cinema.media import FilmWriter
 from cinema.toyworld.draw import render
 from cinema.toyworld.reader import cut_out
-from cinema.toyworld.world import FPS, FRAMES, Actor, Look, Movie, Setup, sample_movie
+from cinema.toyworld.world import FPS, FRAMES, Movie, Setup, sample_movie
 
 OVERLAP = 4  # frames of a dissolve, and of each half of a fade
 BLACK = 3  # black frames in the middle of a fade, and around title cards
@@ -57,13 +56,11 @@ def write_film(
     """Write a movie as MP4, and its ground truth beside it; both appear whole or not at all, the truth last.
 
     Args:
-        path: ends in ``.mp4``.
         height: pixels of the picture, even; it is twice as wide.
         frames: frames of every shot.
         transitions: join shots by hard cuts, dissolves and fades through black, by chance; else by hard cuts alone.
         letterbox: height of the black bar above, and of the one below, in pixels.
         titles: begin and end with a title card, each framed by black.
-        crf: x264's rate factor, see `FilmWriter`.
         on_progress: told (shots written, of how many, message).
 
     Returns:
@@ -74,8 +71,8 @@ def write_film(
     Raises:
         UserError: an odd height, shots too short for their transitions, or a path that is no MP4.
     """
-    settings = dict(height=height, fps=fps, frames=frames, transitions=transitions)
-    settings |= dict(letterbox=letterbox, titles=titles, crf=crf)
+    settings = {"height": height, "fps": fps, "frames": frames, "transitions": transitions}
+    settings |= {"letterbox": letterbox, "titles": titles, "crf": crf}
     least = 2 * OVERLAP + 1 if transitions else 1
     if frames < least or height < 16 or letterbox < 0:
         what = f"{frames} frames a shot of {height} pixels with bars of {letterbox}"
@@ -130,9 +127,6 @@ def _is_finished(movie: Movie, path: Path, options: dict[str, Any]) -> bool:
         return False
 
 
-# --- time -------------------------------------------------------------------------------------------------------
-
-
 def _pieces(movie: Movie, height: int, frames: int, transitions: bool, titles: bool) -> Iterator[_Piece]:
     rng = random.Random(f"transitions/{movie.title}")
     if titles:
@@ -146,62 +140,44 @@ def _pieces(movie: Movie, height: int, frames: int, transitions: bool, titles: b
 
 def _titled(text: str, height: int) -> list[_Piece]:
     """A title card between black frames."""
-    black = Image.new("RGB", (2 * height, height))
-    return [_Piece([image] * n, -1, "cut") for image, n in ((black, BLACK), (_card(text, height), FPS), (black, BLACK))]
+    black, card = (Image.new("RGB", (2 * height, height), colour) for colour in ((0, 0, 0), (24, 20, 34)))
+    font = ImageFont.load_default(min(height / 8, 3.2 * height / max(1, len(text))))
+    ImageDraw.Draw(card).text((height, height / 2), text, (240, 232, 214), font, anchor="mm")
+    return [_Piece([image] * n, -1, "cut") for image, n in ((black, BLACK), (card, FPS), (black, BLACK))]
 
 
 def _joined(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
     """The pieces as they are written, those with a transition in parts; one is held back, to be joined to the next."""
     held = next(pieces)
-    share = [(k + 1) / (OVERLAP + 1) for k in range(OVERLAP)]
+
+    def mix(old: list[Image.Image], new: list[Image.Image]) -> list[Image.Image]:
+        return [Image.blend(a, b, (k + 1) / (OVERLAP + 1)) for k, (a, b) in enumerate(zip(old, new, strict=True))]
+
     for piece in pieces:
         if piece.transition == "cut":
             yield held
             held = piece
             continue
         old, new = held.frames[-OVERLAP:], piece.frames[:OVERLAP]
-        black = Image.new("RGB", new[0].size)
+        black = [Image.new("RGB", new[0].size)]
+        tail, head = mix(old, black * OVERLAP), mix(black * OVERLAP, new)
         if piece.transition == "dissolve":
-            mixed = [Image.blend(a, b, s) for a, b, s in zip(old, new, share, strict=True)]
-            tail, between, head = mixed[: OVERLAP // 2], 0, mixed[OVERLAP // 2 :]
-        else:
-            tail = [Image.blend(a, black, s) for a, s in zip(old, share, strict=True)]
-            between, head = BLACK, [Image.blend(black, b, s) for b, s in zip(new, share, strict=True)]
+            tail, head = (mixed := mix(old, new))[: OVERLAP // 2], mixed[OVERLAP // 2 :]
         yield replace(held, frames=held.frames[:-OVERLAP] + tail)
-        if between:
-            yield _Piece([black] * between, -1, "cut")
+        if piece.transition == "fade":
+            yield _Piece(black * BLACK, -1, "cut")
         held = replace(piece, frames=head + piece.frames[OVERLAP:])
     yield held
 
 
-# --- pictures and truth -----------------------------------------------------------------------------------------
-
-
-def _card(text: str, height: int) -> Image.Image:
-    image = Image.new("RGB", (2 * height, height), (24, 20, 34))
-    font = ImageFont.load_default(min(height / 8, 3.2 * height / max(1, len(text))))
-    ImageDraw.Draw(image).text((height, height / 2), text, (240, 232, 214), font, anchor="mm")
-    return image
-
-
 def _shot(movie: Movie, caption: str, piece: _Piece, start: int, height: int, letterbox: int) -> dict[str, Any]:
-    """The truth about a shot that begins in frame `start` of the film."""
-    setup = movie.shots[piece.shot]
-    actors = [vars(a) | {"box": _box(movie.cast[a.tag], setup, a, height, letterbox)} for a in setup.actors]
-    return {
-        "start_frame": start,
-        "end_frame": start + len(piece.frames),
-        "caption": caption,
-        "transition": piece.transition,
-        "looks": {a.tag: vars(movie.cast[a.tag]) for a in setup.actors},
-        "actors": actors,
-        "place": setup.place,
-        "size": setup.size,
-        "camera": setup.camera,
-    }
-
-
-def _box(look: Look, setup: Setup, actor: Actor, height: int, letterbox: int) -> list[int]:
-    """Where a character is in the first frame, without its shadow."""
-    rows, columns = (np.flatnonzero((cut_out(look, setup, actor, height=height)[1] > 0.5).any(k)) for k in (1, 0))
-    return [int(columns[0]), int(rows[0]) + letterbox, int(columns[-1]) + 1, int(rows[-1]) + 1 + letterbox]
+    """The truth about a shot that begins in frame `start` of the film; boxes leave shadows out."""
+    setup, actors = movie.shots[piece.shot], []
+    for actor in setup.actors:
+        solid = cut_out(movie.cast[actor.tag], setup, actor, height=height)[1] > 0.5
+        left, top, right, bottom = Image.fromarray(solid).getbbox() or (0, 0, 0, 0)
+        actors.append(vars(actor) | {"box": [left, top + letterbox, right, bottom + letterbox]})
+    looks = {actor.tag: vars(movie.cast[actor.tag]) for actor in setup.actors}
+    truth = {"start_frame": start, "end_frame": start + len(piece.frames), "caption": caption}
+    truth |= {"transition": piece.transition, "looks": looks, "actors": actors}
+    return truth | {"place": setup.place, "size": setup.size, "camera": setup.camera}

@@ -1,36 +1,23 @@
 """The attribute reader: analysis by synthesis. It draws what could be there and says what fits, from pixels alone.
 
-A pixel is explained by a character (drawn, within a few pixels of its place) or by the background, which is free:
-the colours on either side of the character, row by row, or, at a price, anything at all. A candidate's *gain* is what
-the character explains better than the background does; its *confidence* is that gain over what a perfect drawing
-on this background would gain. Prices are squared distances, mean over the channels, of RGB in [0, 1].
-"""
+A character explains a pixel, or the background does: the colours beside the character, row by row, for nothing, or at
+a price anything. A candidate's *gain* is what it explains better than the background; its *confidence* is that over
+a perfect drawing's gain. Prices are squared distances, mean over the channels, of RGB in [0, 1]."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float, Int, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from cinema.toyworld import world
 from cinema.toyworld.draw import PARALLAX, Paper, camera_at, draw_character
-from cinema.toyworld.world import (
-    ACTIONS,
-    CAMERAS,
-    COLOURS,
-    HATS,
-    PLACES,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    Actor,
-    Look,
-    Setup,
-    all_looks,
-)
+from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, POSITIONS, SIZES, Actor, Look, Setup, all_looks
 
 HEIGHT = 128  # pixels that every frame is read at
 REACH = 4  # pixels by which a character may stand beside its mark
@@ -40,38 +27,24 @@ WRONG = 0.06  # highest price of a pixel that a character should explain
 THERE = 0.1  # least confidence of a character that is there; on empty sets nothing gets above 0
 FINALISTS = 16  # looks that are compared at full resolution
 
-Trial = tuple[int, int, int]  # look, and offsets down and across, counted from -REACH
+Trial = tuple[int, int, int]  # look, and offsets down and across, in pixels from -REACH
 
 
 @dataclass(frozen=True)
 class ReadActor:
-    """A character that was found.
-
-    Attributes:
-        look: the look that fits best.
-        confidence: 1 is a perfect drawing, THERE the least that counts.
-        offset: (x, y) from its mark, in pixels of a frame 128 high.
-    """
+    """A character that was found, by the look that fits best; a confidence of 1 is a perfect drawing."""
 
     look: Look
     confidence: float
-    offset: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ReadFrame:
-    """What a frame shows.
+    """What a frame shows, and the `setup` that it is supposed to show."""
 
-    Attributes:
-        place: kind of set, by the colours of sky and ground.
-        size: shot size, by the characters' height; None where nobody is.
-        found: position → character; positions where nobody is are left out.
-        setup: what the frame is supposed to show.
-    """
-
-    place: str
-    size: str | None
-    found: dict[str, ReadActor]
+    place: str  # kind of set, by the colours of sky and ground
+    size: str | None  # by the characters' height; None where nobody is
+    found: dict[str, ReadActor]  # by position, without those where nobody is
     setup: Setup
 
     def actor(self, tag: str) -> ReadActor | None:
@@ -110,8 +83,10 @@ def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
         setup: who should be where; used only to say which tag stands at which position.
     """
     pixels = to_pixels(image)
-    scene = _Scene.of(pixels)
-    cast = {size: {p: hit for p in POSITIONS if (hit := scene.find(size, p))} for size in SIZES}
+    padded = np.pad(pixels, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge")
+    small = _half(padded)
+    small = np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1)
+    cast = {size: {p: hit for p in POSITIONS if (hit := _find(padded, small, size, p))} for size in SIZES}
     size = max(SIZES, key=lambda s: sum(gain for _, gain in cast[s].values()))
     found = {position: actor for position, (actor, _) in cast[size].items()}
     return ReadFrame(read_place(pixels), size if found else None, found, setup)
@@ -121,7 +96,7 @@ def read_place(pixels: Float[np.ndarray, "h w 3"]) -> str:
     """The kind of set whose sky and ground are nearest to the frame's highest and lowest rows."""
     band = max(1, len(pixels) // 16)
     seen = np.concatenate([np.median(pixels[rows], (0, 1)) for rows in (slice(0, band), slice(-band, None))])
-    palettes = {name: np.array([*sky, *ground]) / 255 for name, (sky, _, ground) in PLACES.items()}
+    palettes = {name: np.array([*sky, *ground]) / 255 for name, (sky, _, ground) in world.PLACES.items()}
     return min(palettes, key=lambda name: float(np.abs(palettes[name] - seen).sum()))
 
 
@@ -139,20 +114,18 @@ class _Templates:
 
 @lru_cache(maxsize=len(SIZES))
 def _templates(size: str) -> _Templates:
-    bodies = [_cut_outs(shape, hat, size) for shape in SHAPES for hat in HATS]
+    bodies = [_cut_outs(shape, hat, size) for shape, hat in product(world.SHAPES, world.HATS)]
     colour, alpha = (np.stack(x).astype(np.float32) for x in zip(*bodies, strict=True))
-    colour = rearrange(colour, "body tint h w c -> (tint body) h w c")  # the order of all_looks
-    alpha = repeat(alpha, "body h w -> (tint body) h w", tint=len(COLOURS))
-    rows, columns = (np.flatnonzero((alpha > 0.02).any((0, axis))) for axis in (2, 1))
-    (top, bottom), (left, right) = ((x[0] // 2 * 2, x[-1] // 2 * 2 + 2) for x in (rows, columns))
-    colour, alpha = colour[:, top:bottom, left:right], alpha[:, top:bottom, left:right]
-    c, a = _half(colour), _half(alpha[..., None])
+    rows, columns = (np.flatnonzero((alpha > 0.02).any((0, axis))) // 2 * 2 for axis in (2, 1))
+    crop = np.s_[:, rows[0] : rows[-1] + 2, columns[0] : columns[-1] + 2]
+    colour = rearrange(colour, "body tint h w c -> (tint body) h w c")[crop]  # the order of all_looks
+    alpha = repeat(alpha, "body h w -> (tint body) h w", tint=len(COLOURS))[crop]
+    c, a, solid = _half(colour), _half(alpha[..., None]), alpha > 0.02
     linear = np.concatenate([2 / 3 * c, -a], -1).reshape(len(c), -1)  # of a (anything - |pixel - c / a|^2)
     constant = (ANYTHING * a - (c**2).mean(-1, keepdims=True) / np.maximum(a, 1e-3)).sum((1, 2))
     stored = [np.round(255 * x).clip(0, 255).astype(np.uint8) for x in (colour, alpha)]
-    solid = alpha > 0.02
     ends = solid.argmax(2) - MARGIN, solid.shape[2] - 1 - solid[..., ::-1].argmax(2) + MARGIN
-    return _Templates(stored[0], stored[1], np.stack(ends, 1), (int(top), int(left)), linear, constant)
+    return _Templates(stored[0], stored[1], np.stack(ends, 1), (int(rows[0]), int(columns[0])), linear, constant)
 
 
 def _cut_outs(shape: str, hat: str, size: str) -> tuple[Float[np.ndarray, "tints h w 3"], Float[np.ndarray, "h w"]]:
@@ -166,59 +139,49 @@ def _cut_outs(shape: str, hat: str, size: str) -> tuple[Float[np.ndarray, "tints
     return first + share[..., None] * (tints - a)[:, None, None], alpha
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """A frame, padded by REACH; `small` is half as large: colours and mean square."""
+def _find(
+    padded: Float[np.ndarray, "_h _w 3"], small: Float[np.ndarray, "_hh _hw 4"], size: str, position: str
+) -> tuple[ReadActor, float] | None:
+    """The character of this size at this position and its gain, or None; by all looks, then by the likeliest.
 
-    padded: Float[np.ndarray, "_h _w 3"]
-    small: Float[np.ndarray, "_hh _hw 4"]
+    The frame is padded by REACH; `small` is half as large: colours and mean square.
+    """
+    t = _templates(size)
+    top, left = t.corner[0], t.corner[1] + round((POSITIONS[position] - POSITIONS["left"]) * HEIGHT)
+    n, (h, w) = REACH + 1, t.alpha.shape[1:]
+    windows = sliding_window_view(small, (h // 2, w // 2), (0, 1))[top // 2 :, left // 2 :][:n, :n]
+    rough = t.linear @ rearrange(windows, "y x c h w -> (h w c) (y x)") + t.constant
 
-    @classmethod
-    def of(cls, pixels: Float[np.ndarray, "h w 3"]) -> "_Scene":
-        padded = np.pad(pixels, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge")
-        small = _half(padded)
-        return cls(padded, np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1))
+    def tried(look: int, y: int, x: int) -> tuple[float, float, Trial]:
+        return *_gain(t, padded[top + y :, :][:h], left + x, look), (look, y, x)
 
-    def find(self, size: str, position: str) -> tuple[ReadActor, float] | None:
-        """The character of this size at this position and its gain, or None; by all looks, then by the likeliest."""
-        t = _templates(size)
-        top, left = t.corner[0], t.corner[1] + round((POSITIONS[position] - POSITIONS["left"]) * HEIGHT)
-        n, (h, w) = REACH + 1, t.alpha.shape[1:]
-        windows = sliding_window_view(self.small, (h // 2, w // 2), (0, 1))[top // 2 :, left // 2 :][:n, :n]
-        rough = t.linear @ rearrange(windows, "y x c h w -> (h w c) (y x)") + t.constant
-        looks = np.argsort(-rough.max(1))[:FINALISTS]
-        trials = [
-            (int(look), 2 * (k // n), 2 * (k % n))
-            for look, k in zip(looks, rough[looks].argmax(1).tolist(), strict=True)
-        ]
-        ranked = sorted((self._gain(t, top, left, trial) for trial in trials), reverse=True)
-        if ranked[0][1] < THERE / 2:
-            return None
-        near = {(look, y + dy, x + dx) for *_, (look, y, x) in ranked[:3] for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
-        inside = [trial for trial in near if min(trial[1:]) >= 0 and max(trial[1:]) <= 2 * REACH]
-        gain, confidence, (look, y, x) = max(self._gain(t, top, left, trial) for trial in inside)
-        actor = ReadActor(all_looks()[look], confidence, (x - REACH, y - REACH))
-        return (actor, gain) if confidence >= THERE else None
+    looks = np.argsort(-rough.max(1))[:FINALISTS].tolist()
+    ranked = sorted(
+        (tried(look, *(2 * k for k in divmod(int(rough[look].argmax()), n))) for look in looks), reverse=True
+    )
+    if ranked[0][1] < THERE / 2:
+        return None
+    steps = range(2 * REACH + 1)
+    near = {(look, y + dy, x + dx) for *_, (look, y, x) in ranked[:3] for dy, dx in product((-1, 0, 1), repeat=2)}
+    gain, confidence, (look, *_) = max(tried(*trial) for trial in near if trial[1] in steps and trial[2] in steps)
+    return (ReadActor(all_looks()[look], confidence), gain) if confidence >= THERE else None
 
-    def _gain(self, t: _Templates, top: int, left: int, trial: Trial) -> tuple[float, float, Trial]:
-        """Gain and confidence of one look at one place; on each side of it, its row goes on as it is beyond it."""
-        look, y, x = trial
-        y, x, (h, w) = top + y, left + x, t.alpha.shape[1:]
-        pixels, alpha = self.padded[y : y + h, x : x + w], t.alpha[look] / np.float32(255)
-        beyond = [self.padded[range(y, y + h), (x + end).clip(0, self.padded.shape[1] - 1)] for end in t.edges[look]]
-        sides = [np.broadcast_to(colour[:, None], pixels.shape) for colour in beyond]
-        nearest = np.concatenate([sides[0][:, : w // 2], sides[1][:, w // 2 :]], 1)
-        drawn = t.colour[look] / np.float32(255) + (1 - alpha[..., None]) * nearest
-        gain = float((alpha * (_free(pixels, sides) - np.minimum(_distance(pixels, drawn), WRONG))).sum())
-        return gain, gain / max(float((alpha * _free(drawn, sides)).sum()), 1e-6), trial
+
+def _gain(t: _Templates, rows: Float[np.ndarray, "h _w 3"], x: int, look: int) -> tuple[float, float]:
+    """Gain and confidence of one look in these rows at column x; on each side of it, a row goes on as it is beyond."""
+    (h, w), alpha = t.alpha.shape[1:], t.alpha[look] / np.float32(255)
+    pixels = rows[:, x : x + w]
+    beyond = [rows[range(h), (x + end).clip(0, rows.shape[1] - 1)] for end in t.edges[look]]
+    sides = [np.broadcast_to(colour[:, None], pixels.shape) for colour in beyond]
+    nearest = np.concatenate([sides[0][:, : w // 2], sides[1][:, w // 2 :]], 1)
+    drawn = t.colour[look] / np.float32(255) + (1 - alpha[..., None]) * nearest
+    gain = float((alpha * (_free(pixels, sides) - np.minimum(_distance(pixels, drawn), WRONG))).sum())
+    return gain, gain / max(float((alpha * _free(drawn, sides)).sum()), 1e-6)
 
 
 def _free(pixels: Float[np.ndarray, "h w 3"], sides: list[Float[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "h w"]:
     """The price of pixels as background, which is like one side or the other, or anything."""
     return np.minimum(np.minimum(_distance(pixels, sides[0]), _distance(pixels, sides[1])), ANYTHING)
-
-
-# --- clips ----------------------------------------------------------------------------------------------------
 
 
 def read_clip(frames: Sequence[Image.Image], setup: Setup, cast: Mapping[str, Look]) -> ReadClip:
@@ -234,32 +197,25 @@ def read_clip(frames: Sequence[Image.Image], setup: Setup, cast: Mapping[str, Lo
     """
     if len(frames) < 5:
         raise ValueError(f"{len(frames)} frames show neither a move nor an action; give at least 5")
-    chosen = sorted({*range(2, len(frames), 3), len(frames) - 1})
-    times = [k / (len(frames) - 1) for k in chosen]
-    first, *seen = [to_pixels(frames[k]) for k in (0, *chosen)]
+    chosen = sorted({0, *range(2, len(frames), 3), len(frames) - 1})
+    times, seen = [k / (len(frames) - 1) for k in chosen[1:]], np.stack([to_pixels(frames[k]) for k in chosen])
     actors = tuple(actor for actor in setup.actors if actor.tag in cast)
-    trials = [replace(setup, actors=actors, camera=camera) for camera in CAMERAS]
-    tried = [_explain(first, np.stack(seen), times, trial, cast) for trial in trials]
+    tried = [_explain(seen, times, replace(setup, actors=actors, camera=camera), cast) for camera in CAMERAS]
     return min(tried, key=lambda result: result[0])[1]
 
 
 def _explain(
-    first: Float[np.ndarray, "h w 3"],
-    seen: Float[np.ndarray, "t h w 3"],
-    times: list[float],
-    setup: Setup,
-    cast: Mapping[str, Look],
+    frames: Float[np.ndarray, "t h w 3"], times: list[float], setup: Setup, cast: Mapping[str, Look]
 ) -> tuple[float, ReadClip]:
-    """Given the setup's camera, the actions that explain most, and the mean price of a pixel that is explained."""
-    still = replace(setup, camera="static")
+    """The actions that explain most of the frames after the first one, and the mean price of an explained pixel."""
+    still, first, seen = replace(setup, camera="static"), frames[0], frames[1:]
     bare = np.ones(first.shape[:2], np.float32)
     for actor in setup.actors:
         bare = bare * (1 - cut_out(cast[actor.tag], still, actor)[1])
     sheet = np.concatenate([first, bare[..., None]], -1)
     moved = np.stack([_moved(sheet, setup, time, PARALLAX) for time in times])
     ground, weight = moved[..., :3], moved[..., 3]
-    price = weight * np.minimum(_distance(seen, ground), WRONG)
-    actions = {}
+    price, actions = weight * np.minimum(_distance(seen, ground), WRONG), dict[str, str]()
     for actor in setup.actors:
         tried = {}
         for action in ACTIONS:
@@ -268,8 +224,8 @@ def _explain(
             alpha = drawn[..., 3]
             wrong = alpha * np.minimum(_distance(seen, drawn[..., :3] + (1 - drawn[..., 3:]) * ground), WRONG)
             tried[action] = (1 - alpha) * price + wrong, (1 - alpha) * weight + alpha
-        best = min(tried, key=lambda action: tried[action][0].sum() / tried[action][1].sum())
-        actions[actor.tag], (price, weight) = best, tried[best]
+        best = actions[actor.tag] = min(tried, key=lambda action: tried[action][0].sum() / tried[action][1].sum())
+        price, weight = tried[best]
     return float(price.sum() / weight.sum()), ReadClip(setup.camera, actions)
 
 
@@ -298,7 +254,7 @@ def to_pixels(image: Image.Image) -> Float[np.ndarray, "h w 3"]:
 
 def _half(x: Float[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b _h _w c"]:
     """Means of 2 x 2 pixels."""
-    return (x[..., ::2, ::2, :] + x[..., 1::2, ::2, :] + x[..., ::2, 1::2, :] + x[..., 1::2, 1::2, :]) / 4
+    return reduce(x, "... (h 2) (w 2) c -> ... h w c", "mean")
 
 
 def _distance(a: Float[np.ndarray, "*b c"], b: Float[np.ndarray, "*b c"]) -> Float[np.ndarray, "*b"]:
