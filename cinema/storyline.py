@@ -105,14 +105,9 @@ def _names(sentences: list[str]) -> set[str]:
 class StorylineReader:
     """Reads a storyline into beats; every kind of token has a handler, called `_on_kind`.
 
-    Attributes:
-        heading: a heading line of the text, if it has one.
-        beats: what happens, in order.
-        cast: tag of each character -> what the text says of the look, by colour, shape and hat.
-        understood, left_out: per sentence, words that were used and words that were not.
-
-    Raises:
-        UserError: the text says nothing that the toy world knows, or names too many characters.
+    Its `beats` are what happens, in order; its `cast` maps tags to what the text says of their colour, shape and hat.
+    `understood` and `left_out` are, per sentence, words that were used and words that were not. Raises UserError if the
+    text says nothing that the toy world knows, or names too many characters.
     """
 
     def __init__(self, text: str) -> None:

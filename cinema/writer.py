@@ -33,7 +33,6 @@ def write_story(storyline: str, title: str | None = None, endpoint: Endpoint | N
     """Turn a storyline in plain English into a story whose captions are in the toy world's grammar.
 
     Args:
-        storyline: one paragraph or several.
         title: of the story; by default a heading line of the storyline, or its cast and first set.
         endpoint: the language model to ask; by default the environment's, and without one the reader below.
 

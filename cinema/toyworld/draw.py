@@ -1,8 +1,7 @@
 """Drawing the toy world: layered cut paper, from facts to pixels, at any resolution and any moment of a shot.
 
 Coordinates are in frame heights: x from 0 to 2, y from 0 at the top to 1 at the bottom. Everything is a polygon,
-so camera and actions are affine maps of points, exact at every size.
-"""
+so camera and actions are affine maps of points, exact at every size."""
 
 import math
 from collections.abc import Callable
@@ -83,9 +82,6 @@ def camera_at(setup: Setup, time: float) -> Camera:
     return Camera(ZOOM[setup.size], push, {"pan left": 0.24, "pan right": -0.24}.get(setup.camera, 0.0) * ease)
 
 
-# --- sets -----------------------------------------------------------------------------------------------------
-
-
 def draw_set(paper: Paper, design: SetDesign) -> None:
     """Sky, sun, far layer, ground and props."""
 
@@ -149,9 +145,6 @@ def _parasol(put: Put, place: str, h: float, x: float, size: float, variant: flo
 PROPS = {"forest": _tree, "snow": _tree, "desert": _cactus, "city": _house, "night": _house, "beach": _parasol}
 
 
-# --- characters -----------------------------------------------------------------------------------------------
-
-
 def draw_character(paper: Paper, look: Look, actor: Actor, size: str, time: float = 0.0) -> None:
     """Draw a character at its place in the frame, at a moment of its action."""
     height, colour, (body, top, eye, half) = SIZES[size], COLOURS[look.colour], SHAPE_POINTS[look.shape]
@@ -210,31 +203,30 @@ def hat_points(hat: str, top: float) -> list[tuple[Points, RGB]]:
     return []
 
 
-# --- geometry -------------------------------------------------------------------------------------------------
-
-
 def box(x0: float, y0: float, x1: float, y1: float) -> Points:
     """A rectangle, (4, 2)."""
     return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, n: int = 36) -> Points:
-    """An ellipse, (n, 2)."""
-    a = np.linspace(0, 2 * np.pi, n, endpoint=False)
-    return np.stack([x + rx * np.cos(a), y + ry * np.sin(a)], 1)
+def around(x: float, y: float, rx: float, ry: float, angles: Points) -> Points:
+    """The points of an ellipse at these angles, (n) to (n, 2)."""
+    return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], 1)
 
 
-def arc(x: float, y: float, rx: float, ry: float, n: int = 18) -> Points:
-    """The upper half of an ellipse (the lower one for a negative `ry`), (n, 2)."""
-    a = np.linspace(np.pi, 2 * np.pi, n)
-    return np.stack([x + rx * np.cos(a), y + ry * np.sin(a)], 1)
+def ellipse(x: float, y: float, rx: float, ry: float) -> Points:
+    """A whole ellipse, (36, 2)."""
+    return around(x, y, rx, ry, np.linspace(0, 2 * np.pi, 36, endpoint=False))
+
+
+def arc(x: float, y: float, rx: float, ry: float) -> Points:
+    """The upper half of an ellipse (the lower one for a negative `ry`), (18, 2)."""
+    return around(x, y, rx, ry, np.linspace(np.pi, 2 * np.pi, 18))
 
 
 def capsule(x0: float, y0: float, x1: float, y1: float, r: float, n: int = 10) -> Points:
     """A line with round ends, (2n, 2)."""
     turn = np.linspace(np.pi / 2, 3 * np.pi / 2, n) + math.atan2(y1 - y0, x1 - x0)
-    half = np.stack([r * np.cos(turn), r * np.sin(turn)], 1)
-    return np.concatenate([np.array([x0, y0]) + half, np.array([x1, y1]) - half])
+    return np.concatenate([around(x0, y0, r, r, turn), around(x1, y1, -r, -r, turn)])
 
 
 def shade(colour: RGB, factor: float) -> RGB:

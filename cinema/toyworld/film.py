@@ -1,7 +1,6 @@
 """Shooting toy films: H.264 with hard cuts or with all that makes cutting hard, and beside ``a.mp4`` the exact truth.
 
-``a.json`` has the story, and for every shot its frames, caption, looks and boxes.
-"""
+``a.json`` has the story, and for every shot its frames, caption, looks and boxes."""
 
 import json
 import random
@@ -98,10 +97,9 @@ def write_film(
 def write_films(
     count: int, seed: int, out: Path, on_progress: Progress | None = None, *, shots: int = 8, **options: Any
 ) -> list[Path]:
-    """Write films of random movies into a folder; those that are there already are kept as they are.
+    """Write ``film-<seed>-00000.mp4`` and so on, of random movies; those that are there already are kept as they are.
 
     Args:
-        count: how many films, ``film-<seed>-00000.mp4`` and so on.
         on_progress: told (films done, of how many, message).
         options: as for `write_film`.
     """
@@ -129,13 +127,11 @@ def _is_finished(movie: Movie, path: Path, options: dict[str, Any]) -> bool:
 
 def _pieces(movie: Movie, height: int, frames: int, transitions: bool, titles: bool) -> Iterator[_Piece]:
     rng = random.Random(f"transitions/{movie.title}")
-    if titles:
-        yield from _titled(movie.title, height)
+    yield from _titled(movie.title, height) if titles else []
     for i, setup in enumerate(movie.shots):
         transition = rng.choice(TRANSITIONS) if transitions and i else "cut"
         yield _Piece(draw_clip(movie, setup, height, frames), i, transition)
-    if titles:
-        yield from _titled("The end", height)
+    yield from _titled("The end", height) if titles else []
 
 
 def _titled(text: str, height: int) -> list[_Piece]:

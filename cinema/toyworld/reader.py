@@ -54,7 +54,7 @@ class ReadFrame:
 
 @dataclass(frozen=True)
 class ReadClip:
-    """What a clip shows: the camera's move, and the action of every character whose look was given."""
+    """What a clip shows: the camera's move, and by tag the action of every character whose look was given."""
 
     camera: str
     actions: dict[str, str]
@@ -76,16 +76,14 @@ def cut_out(
 
 
 def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
-    """Read a keyframe that is supposed to show `setup`; neither looks nor anything else of it is taken on trust.
+    """Read a keyframe, 2:1 and of any size, whose characters are at rest, as in the first frame of every shot.
 
-    Args:
-        image: a picture of any size, 2:1; characters are at rest, as in the first frame of every shot.
-        setup: who should be where; used only to say which tag stands at which position.
+    It is supposed to show `setup`, of which nothing is taken on trust but which tag stands at which position.
     """
     pixels = to_pixels(image)
     padded = np.pad(pixels, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge")
     small = _half(padded)
-    small = np.concatenate([small, (small**2).mean(-1, keepdims=True)], -1)
+    small = np.dstack([small, (small**2).mean(-1)])
     cast = {size: {p: hit for p in POSITIONS if (hit := _find(padded, small, size, p))} for size in SIZES}
     size = max(SIZES, key=lambda s: sum(gain for _, gain in cast[s].values()))
     found = {position: actor for position, (actor, _) in cast[size].items()}
@@ -188,12 +186,9 @@ def read_clip(frames: Sequence[Image.Image], setup: Setup, cast: Mapping[str, Lo
     """Read a shot: which camera move and which actions, drawn over its moved first frame, explain it best.
 
     Args:
-        frames: the whole shot, evenly spaced in time from 0 to 1; at least 5.
+        frames: the whole shot, evenly spaced in time from 0 to 1; ValueError if fewer than 5.
         setup: who stands where, and the shot size; its camera and actions are not looked at.
         cast: tag → look, as read from the first frame; a character of the setup without a look is left out.
-
-    Raises:
-        ValueError: fewer than 5 frames.
     """
     if len(frames) < 5:
         raise ValueError(f"{len(frames)} frames show neither a move nor an action; give at least 5")
@@ -212,8 +207,7 @@ def _explain(
     bare = np.ones(first.shape[:2], np.float32)
     for actor in setup.actors:
         bare = bare * (1 - cut_out(cast[actor.tag], still, actor)[1])
-    sheet = np.concatenate([first, bare[..., None]], -1)
-    moved = np.stack([_moved(sheet, setup, time, PARALLAX) for time in times])
+    moved = np.stack([_moved(np.dstack([first, bare]), setup, time, PARALLAX) for time in times])
     ground, weight = moved[..., :3], moved[..., 3]
     price, actions = weight * np.minimum(_distance(seen, ground), WRONG), dict[str, str]()
     for actor in setup.actors:
@@ -231,8 +225,7 @@ def _explain(
 
 @lru_cache(maxsize=128)  # the poses of one clip are the same for every camera
 def _posed(look: Look, setup: Setup, actor: Actor, time: float) -> Float[np.ndarray, "h w 4"]:
-    colour, alpha = cut_out(look, setup, actor, time)
-    return np.concatenate([colour, alpha[..., None]], -1)
+    return np.dstack(cut_out(look, setup, actor, time))
 
 
 def _moved(sheet: Float[np.ndarray, "h w 4"], setup: Setup, time: float, parallax: float) -> Float[np.ndarray, "h w 4"]:

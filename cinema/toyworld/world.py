@@ -156,10 +156,9 @@ def sample_set(place: str, rng: random.Random) -> SetDesign:
 
 
 def sample_movie(seed: int | str, shots: int, looks: str = "train", returns: bool = False) -> Movie:
-    """A random movie, the same for the same seed.
+    """A random movie, the same for the same seed, independent of other seeds' movies.
 
     Args:
-        seed: any; films of different seeds are independent.
         looks: "train" leaves the held-out tenth of looks aside, "unseen" uses only it, "all" uses every look.
         returns: end on a shot of whoever appeared first, after an absence (a flashback, for retrieval).
     """
