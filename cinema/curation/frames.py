@@ -35,8 +35,7 @@ def find_borders(film: Film) -> Box:
     Per row and column the 95th percentile of luma, over bright frames its 0.9 quantile; what stays at or below
     30 from an edge inwards is a bar. Opposite bars must agree within 2 % of the side, else the thinner holds for both.
     """
-    profiles = _profiles(film, keys_only=True)
-    if len(profiles) < ENOUGH:  # a short film, or one with few key frames
+    if len(profiles := _profiles(film, keys_only=True)) < ENOUGH:  # a short film, or one with few key frames
         profiles = _profiles(film, keys_only=False)
     if not profiles:
         return Box(0, 0, film.width, film.height)
@@ -86,8 +85,8 @@ def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) 
     left, top = (w - crop_w) / 2, (h - crop_h) / 2
     shrinks = crop_h >= height and crop_w >= 2 * height
     how = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC  # BOX is the mean over the area
-    whole = Image.fromarray(np.ascontiguousarray(upright))
-    return np.asarray(whole.resize((2 * height, height), how, box=(left, top, left + crop_w, top + crop_h)))
+    box = (left, top, left + crop_w, top + crop_h)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(upright)).resize((2 * height, height), how, box))
 
 
 def to_jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:

@@ -29,8 +29,7 @@ Planes = UInt8[np.ndarray, "c h w"]
 def shrink_planes(frame: Frame, film: Film, picture: Box) -> Planes:
     """The picture area of Y, U and V, all of the size of a shrunk chroma plane.
 
-    A pixel is the mean of its block, or of 4 x 4 places spread over it where the block is larger than that: this
-    costs the same at every size, and grain is still averaged away.
+    A pixel is the mean of its block, of 4 x 4 places in it where it is larger: grain is averaged away at any size.
     """
     left, top, right, bottom = (side // 2 for side in astuple(picture))  # in chroma samples
     step = max(1, round(max(right - left, bottom - top) / GRID))
@@ -66,8 +65,7 @@ def is_another_picture(a: Planes, b: Planes) -> bool:
     return change(a, b) >= FLOOR and (luma_distance(a, b) >= GATE or change(a[1:], b[1:]) >= FLOOR)
 
 
-def is_flat(planes: Planes) -> bool:
-    """Whether a frame shows nothing."""
+def _is_flat(planes: Planes) -> bool:
     return float(planes[0].std()) <= FLAT
 
 
@@ -115,12 +113,12 @@ class Gradual:
         old, new = window[0], window[-1]
         if change(old, new) < FLOOR or not _is_straight(old, window[length // 2], new, (length // 2) / length):
             return None
-        if is_flat(new) or not is_another_picture(old, new):  # it fades out: the shot lasts until black ends
+        if _is_flat(new) or not is_another_picture(old, new):  # it fades out: the shot lasts until black ends
             return None
         frames = np.stack(window).astype(np.int16)
         whole, good = frames[-1] - frames[0], _gradual_pixels(frames)
         weight = np.abs(whole) * good
-        fades, (before, after) = is_flat(old), (self._steps[max(0, first - length // 2)][2], self._steps[-1][2])
+        fades, (before, after) = _is_flat(old), (self._steps[max(0, first - length // 2)][2], self._steps[-1][2])
         moves = max(0.0 if fades else _movement(frames[0], before, weight), _movement(frames[-1], after, weight))
         if weight.sum() < SHARE * np.abs(whole).sum() or moves > HOLD:
             return None
@@ -139,9 +137,8 @@ def _is_straight(old: Planes, middle: Planes, new: Planes, alpha: float) -> bool
 def _gradual_pixels(frames: Int16[np.ndarray, "t c h w"]) -> Bool[np.ndarray, "c h w"]:
     """Pixels that go from the first frame to the last in small steps one way."""
     whole, steps = frames[-1] - frames[0], np.diff(frames, axis=0)
-    size = np.abs(whole)
-    small = np.abs(steps).max(axis=0) <= JUMP * size
-    return small & ((steps * np.sign(whole)).min(axis=0) >= -BACK * size) & (size > 0)
+    size, back = np.abs(whole), (steps * np.sign(whole)).min(axis=0)
+    return (np.abs(steps).max(axis=0) <= JUMP * size) & (back >= -BACK * size) & (size > 0)
 
 
 def _movement(end: Int16[np.ndarray, "c h w"], beyond: Planes, weight: Int16[np.ndarray, "c h w"]) -> float:

@@ -29,15 +29,9 @@ SAME = 2.0  # mean grey levels by which a frame differs from the last one kept a
 
 @dataclass(frozen=True)
 class Scan:
-    """What looking at a film found.
-
-    Attributes:
-        rows: its shots in order, without captions; they tile the film.
-        frames, damaged: frames decoded, and those whose pixels can not be trusted.
-        errors: packets that could not be decoded.
-        last_pts_s: when the last frame is shown, in seconds.
-        lasts_s: seconds from the first frame's beginning to the last one's end.
-    """
+    """What looking at a film found: its shots, which tile it, without captions; how many frames were decoded, and how
+    many of them can not be trusted; packets that could not be decoded; when the last frame is shown, in seconds; and
+    seconds from the first frame's beginning to the last one's end."""
 
     rows: list[CuratedShot]
     frames: int
@@ -71,14 +65,12 @@ def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filt
         found = filters.judge(pixels)
         image, reason, scores = to_jpeg(pixels), found.reason, scores | found.scores
     base = film.time_base
-    # fmt: off
     return CuratedShot(
         shot=number, start_frame=shot.start, end_frame=shot.end, time_base=str(base), transition=shot.transition,
         start_s=float(shot.start_pts * base), end_s=float(shot.end_pts * base), image=image,
         keyframe_s=float(middle.pts * base) if middle else None, kept=not reason, reason=reason,
         scores=json.dumps(scores), **{f"crop_{side}": at for side, at in vars(picture).items()},
-    )
-    # fmt: on
+    )  # fmt: skip
 
 
 class Finding(NamedTuple):

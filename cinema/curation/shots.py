@@ -53,7 +53,7 @@ class Timeline:
 
 
 def cut_film(
-    film: Film, picture: Box, detector: str, line: Timeline, on_frame: Callable[[int], None] | None = None
+    film: Film, picture: Box, detector: str, line: Timeline, on_frame: Callable[[int], None] = lambda index: None
 ) -> Iterator[CutShot]:
     """Decode a film once and give its shots as they end; they tile it.
 
@@ -69,8 +69,7 @@ def cut_film(
             line.end_pts, line.errors = frame.end_pts, reader.errors
             keeper.add(frame)
             yield from judge.look(frame)
-            if on_frame:
-                on_frame(frame.index)
+            on_frame(frame.index)
         line.errors = reader.errors
         if not line.pts:
             raise UserError(f"{film.path}: not one frame could be decoded; the file is damaged")
@@ -88,11 +87,10 @@ def cut_film(
 class Keeper:
     """Holds frames of the running shot, at most ROOM, so that whenever it ends its middle frame is among them.
 
-    The middle of a shot that is still running moves forward, at half the speed of time: what lies before it is let
-    go. A frame `x` seconds into the shot becomes the middle one of a shot of `2 x` seconds, so for an error of 1/24
-    of it, frames there may lie `x / 6` seconds apart. A cut that is told late ends the shot in the past, and the
-    frames after it are a new one: a frame of age `a` may be the middle of that, so there `a / 6` is close enough.
-    When there is no room, the frame that is least needed goes.
+    The middle of a running shot moves forward at half the speed of time: what lies before it is let go. A frame `x`
+    seconds into the shot becomes the middle one of a shot of `2 x` seconds, so for an error of 1/24 of it, frames
+    there may lie `x / 6` seconds apart. A cut that is told late ends the shot in the past: a frame of age `a` may be
+    the middle of the new one, so there `a / 6` is close enough. Without room, the least needed frame goes.
     """
 
     def __init__(self, film: Film):
