@@ -9,10 +9,10 @@ import csv
 import json
 import random
 import resource
-import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
@@ -29,7 +29,7 @@ from scenedetect.output import save_images
 from cinema.curation.film import probe
 from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
-from cinema.curation.shots import DETECTOR, DETECTORS, CutShot, Timeline, cut_film
+from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film
 from cinema.errors import UserError
 from cinema.toyworld.film import BLACK, OVERLAP, write_film
 from cinema.toyworld.world import sample_movie
@@ -37,6 +37,9 @@ from cinema.toyworld.world import sample_movie
 Progress = Callable[[int, int, str], None]
 CODECS = {"libx264": ".mp4", "mpeg4": ".avi", "libvpx-vp9": ".webm"}
 KEYFRAME = 400  # height of keyframes where speed is measured, the paper's
+
+
+def _quiet(done: int, total: int, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,24 @@ class Tally:
     def figures(self) -> dict[str, float | int]:
         """Precision, recall, F1 and the share of transitions, 1 where there is nothing; and the counts."""
         shares = {"precision": (self.found, self.found + self.wrong), "recall": (self.found, self.found + self.missed)}
-        shares |= {"f1": (2 * self.found, 2 * self.found + self.wrong + self.missed)}
-        shares |= {"transitions": (self.named, self.gradual)}
+        shares["f1"] = 2 * self.found, 2 * self.found + self.wrong + self.missed
+        shares["transitions"] = self.named, self.gradual
         return {name: a / b if b else 1.0 for name, (a, b) in shares.items()} | vars(self)
+
+
+def _truths(film: Path) -> tuple[Path, Path]:
+    return film.with_suffix(".cuts.csv"), film.with_suffix(".json")
 
 
 def read_truth(film: Path) -> list[Event] | None:
     """The events of a film, None where no truth lies beside it. Raises UserError where that is not readable."""
-    table, sidecar = film.with_suffix(".cuts.csv"), film.with_suffix(".json")
+    table, sidecar = _truths(film)
     try:
         if table.is_file():
-            rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
-            numbers = [[int(row[key]) for key in ("frame", "start", "end", "score")] for row in rows]
-            return [Event(n[0], row["type"], *n[1:]) for row, n in zip(rows, numbers, strict=True)]
+            rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+            return [
+                Event(int(r["frame"]), r["type"], *(int(r[key]) for key in ("start", "end", "score"))) for r in rows
+            ]
         return _toy_events(json.loads(sidecar.read_text(encoding="utf-8"))) if sidecar.is_file() else None
     except (KeyError, TypeError, ValueError) as error:
         what = table if table.is_file() else sidecar
@@ -87,95 +95,81 @@ def read_truth(film: Path) -> list[Event] | None:
 
 def _toy_events(truth: dict[str, Any]) -> list[Event]:
     reach = {"cut": (0, 0), "dissolve": (OVERLAP // 2 + 1, OVERLAP // 2), "fade": (OVERLAP + BLACK + 1, OVERLAP)}
-    events = []
-    for shot in truth["shots"]:
-        at, kind = shot["start_frame"], shot["transition"]
-        events += [Event(at, kind, at - reach[kind][0], at + reach[kind][1], int(kind == "cut"))] if at else []
+    shots = [(shot["start_frame"], shot["transition"]) for shot in truth["shots"]]
+    events = [Event(at, k, at - reach[k][0], at + reach[k][1], int(k == "cut")) for at, k in shots if at]
     cards = [at for at in truth["cuts"] if not any(e.start <= at <= e.end for e in events)]
     return events + [Event(at, "cut", at, at, 1) for at in cards]
 
 
 def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
     """Compare where shots begin and how, the first one left out, with the truth."""
-    free, found = [at for at, _ in shots], 0
-    hard = [e for e in events if e.score]
+
+    def within(frame: int, event: Event) -> bool:
+        return event.start - 1 <= frame <= event.end + 1
+
+    free, hard = [at for at, _ in shots], [e for e in events if e.score]
     for event in hard:
-        near = [at for at in free if abs(at - event.frame) <= 1]
-        if near:
-            free.remove(min(near, key=lambda at: abs(at - event.frame)))
-            found += 1
-    wrong = [at for at in free if not any(e.start - 1 <= at <= e.end + 1 for e in events)]
+        near = min(free, key=lambda at: abs(at - event.frame), default=None)
+        if near is not None and abs(near - event.frame) <= 1:
+            free.remove(near)
+    found, wrong = len(shots) - len(free), [at for at in free if not any(within(at, e) for e in events)]
     gradual = [e for e in events if e.kind.startswith(("fade", "dissolve"))]
-    named = [e for e in gradual if any(e.start - 1 <= at <= e.end + 1 and e.kind.startswith(k) for at, k in shots)]
+    named = [e for e in gradual if any(within(at, e) and e.kind.startswith(kind) for at, kind in shots)]
     return Tally(found, len(wrong), len(hard) - found, len(named), len(gradual))
 
 
-def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progress | None = None) -> dict[str, Any]:
+def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progress = _quiet) -> dict[str, Any]:
     """Figures of every detector over all films that have truth, and of the borders of those that say theirs.
 
-    Raises:
-        UserError: no film has truth, or a film or a truth is not readable.
+    Raises UserError where no film has truth, or a film or a truth is not readable.
     """
     known = [(film, events) for film in films if (events := read_truth(film)) is not None]
     if not known:
         raise UserError("no film has a NAME.cuts.csv or the toy world's NAME.json beside it; give a folder with one")
-    names = list(detectors)
-    tallies, exact = dict.fromkeys(names, Tally()), []
+    tallies, off = dict.fromkeys(detectors, Tally()), list[int]()
     for i, (path, events) in enumerate(known):
-        film = probe(path)
-        picture = find_borders(film)
-        exact += [max(abs(a - b) for a, b in zip(astuple(picture), box, strict=True)) for box in _true_box(path)]
-        for name in names:
-            shots: list[CutShot] = list(cut_film(film, picture, name, Timeline()))
-            tallies[name] += judge([(s.start, s.transition) for s in shots[1:]], events)
-        if on_progress:
-            on_progress(i + 1, len(known), path.name)
-    borders = {"borders off by at most": max(exact), "borders exact": sum(not x for x in exact)} if exact else {}
+        film, sidecar = probe(path), path.with_suffix(".json")
+        picture, truth = find_borders(film), json.loads(sidecar.read_bytes()) if sidecar.is_file() else {}
+        if "bars" in truth:
+            box = 0, truth["bars"][0], truth["width"], truth["height"] - truth["bars"][1]
+            off.append(max(abs(a - b) for a, b in zip(astuple(picture), box, strict=True)))
+        for name in tallies:
+            shots = [(shot.start, shot.transition) for shot in cut_film(film, picture, name, Timeline())]
+            tallies[name] += judge(shots[1:], events)
+        on_progress(i + 1, len(known), path.name)
+    borders = {"borders off by at most": max(off), "borders exact": off.count(0)} if off else {}
     return {"films": len(known), **borders, **{name: tally.figures() for name, tally in tallies.items()}}
-
-
-def _true_box(film: Path) -> list[tuple[int, int, int, int]]:
-    sidecar = film.with_suffix(".json")
-    truth = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
-    if "bars" not in truth:
-        return []
-    return [(0, truth["bars"][0], truth["width"], truth["height"] - truth["bars"][1])]
 
 
 # --- toy films that are hard to cut -----------------------------------------------------------------------------
 
 
-def write_trials(count: int, seed: int, out: Path, on_progress: Progress | None = None, shots: int = 8) -> list[Path]:
+def write_trials(count: int, seed: int, out: Path, on_progress: Progress = _quiet, shots: int = 8) -> list[Path]:
     """Write toy films with all transitions, titles, letterbox, grain, three codecs and rate factors 18 to 32."""
     films = []
     for i in range(count):
         rng = random.Random(f"trial/{seed}/{i}")
-        movie, codec = sample_movie(f"trial/{seed}/{i}", shots), list(CODECS)[i % len(CODECS)]
-        clean, path = out / f"trial-{seed}-{i:03d}-clean.mp4", out / f"trial-{seed}-{i:03d}{CODECS[codec]}"
+        movie, (codec, ending) = sample_movie(f"trial/{seed}/{i}", shots), list(CODECS.items())[i % len(CODECS)]
+        clean, path = out / f"trial-{seed}-{i:03d}-clean.mp4", out / f"trial-{seed}-{i:03d}{ending}"
         truth = write_film(movie, clean, crf=4, transitions=True, titles=True, letterbox=rng.choice((0, 12, 16, 22)))
-        roughen(clean, path, codec, rng.choice((0, 3, 6)), rng.randint(18, 32))
+        _roughen(clean, path, codec, rng.choice((0, 3, 6)), rng.randint(18, 32))
         truth.rename(path.with_suffix(".json"))
         clean.unlink()
         films.append(path)
-        if on_progress:
-            on_progress(i + 1, count, path.name)
+        on_progress(i + 1, count, path.name)
     return films
 
 
-def roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
+def _roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
     """Encode a film again, with grain of this standard deviation (of 255) on the luma of its picture area."""
     rng = np.random.default_rng(0)
+    quality = {"qmin": str(crf // 5), "qmax": str(crf // 5)} if codec == "mpeg4" else {"crf": str(crf)}
+    speed = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx-vp9" else {}
     with av.open(str(film)) as source, av.open(str(path), "w") as target:
         old = source.streams.video[0]
         rate = old.average_rate or Fraction(24)
-        stream: Any = target.add_stream(codec, rate=rate)
+        stream: Any = target.add_stream(codec, rate=rate, options=quality | speed)
         stream.width, stream.height, stream.pix_fmt = old.width, old.height, "yuv420p"
-        stream.options = {"crf": str(crf), "deadline": "realtime", "cpu-used": "8"}
-        if codec == "mpeg4":
-            stream.codec_context.qmin = stream.codec_context.qmax = crf // 5
-            stream.options = {}
-        elif codec == "libx264":
-            stream.options = {"crf": str(crf)}
         for number, frame in enumerate(source.decode(old)):
             planes = frame.to_ndarray()
             luma = planes[: old.height].astype(float)
@@ -193,12 +187,7 @@ def roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
 def _decode(film: Path) -> None:
     with av.open(str(film)) as container:
         container.streams.video[0].thread_count = 1
-        for _ in container.decode(video=0):
-            pass
-
-
-def _scan(film: Path) -> None:
-    scan_film(probe(film), KEYFRAME, DETECTOR, lambda share, message: None)
+        deque(container.decode(video=0), maxlen=0)
 
 
 def _scenedetect(film: Path, images: int) -> None:
@@ -209,62 +198,47 @@ def _scenedetect(film: Path, images: int) -> None:
         save_images(manager.get_scene_list(start_in_scene=True), video, num_images=images, output_dir=folder)
 
 
-_WORK: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {
-    "decode": (_decode, ()),
-    "scan": (_scan, ()),
-    "scenedetect, 1 image a shot": (_scenedetect, (1,)),
-    "scenedetect, 3 images a shot": (_scenedetect, (3,)),
+WORK: dict[str, Callable[[Path], object]] = {
+    "decode": _decode,
+    "scan": lambda film: scan_film(probe(film), KEYFRAME, DETECTOR, lambda share, message: None),
+    "scenedetect, 1 image a shot": lambda film: _scenedetect(film, 1),
+    "scenedetect, 3 images a shot": lambda film: _scenedetect(film, 3),
 }
 
 
-def _cost(name: str, film: Path) -> tuple[float, float]:
-    """CPU seconds of this process for a piece of work, and its largest memory so far in MiB."""
-    work, settings = _WORK[name]
+def _cost(name: str, film: Path) -> dict[str, float]:
+    """CPU seconds of this process for a piece of WORK, and its largest memory so far in MiB."""
     began = time.process_time()
-    work(film, *settings)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    WORK[name](film)
+    seconds, unit = time.process_time() - began, 2**20 if sys.platform == "darwin" else 2**10
+    return {"cpu seconds": seconds, "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
 def measure(film: Path) -> dict[str, Any]:
     """CPU seconds and peak memory of decoding on one thread, of our scan and of PySceneDetect's API, each in a
     process of its own, and the ratios that count: start-up and imports are left out of the seconds."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        costs = {name: pool.submit(_cost, name, film).result() for name in _WORK}
-    seconds = {name: cost for name, (cost, _) in costs.items()}
-    figures: dict[str, Any] = {n: {"cpu seconds": s, "peak MiB": m} for n, (s, m) in costs.items()}
-    figures["share of the speed of decoding"] = seconds["decode"] / seconds["scan"]
-    return figures | {f"scan / {name}": seconds["scan"] / s for name, s in seconds.items() if "scenedetect" in name}
+        costs: dict[str, Any] = {name: pool.submit(_cost, name, film).result() for name in WORK}
+    seconds = {name: cost["cpu seconds"] for name, cost in costs.items()}
+    ratios = {f"scan / {name}": seconds["scan"] / s for name, s in seconds.items() if "scenedetect" in name}
+    return costs | {"share of the speed of decoding": seconds["decode"] / seconds["scan"]} | ratios
 
 
 def bench_curate(
-    folder: Path | None, detectors: Sequence[str] = (), toy: int = 6, on_progress: Progress | None = None
+    folder: Path | None, detectors: Sequence[str] = (), toy: int = 6, on_progress: Progress = _quiet
 ) -> dict[str, Any]:
-    """Compare detectors on a folder's films and measure speed on its largest.
+    """Compare detectors (all if empty) on a folder's films with truth beside them, and measure speed on its largest.
 
-    Args:
-        folder: films with truth beside them; None writes `toy` films of the toy world and forgets them afterwards.
-        detectors: some of DETECTORS; all if empty.
-        on_progress: told (films done, of how many, message).
-
-    Raises:
-        UserError: an unknown detector, no film with truth, or a film that can not be read.
+    Without a folder, `toy` films of the toy world are written, and forgotten afterwards. `on_progress` is told (films
+    done, of how many, message). Raises UserError for an unknown detector, or without a readable film with truth.
     """
     if unknown := [name for name in detectors if name not in DETECTORS]:
         raise UserError(f"there is no detector {unknown[0]!r}; choose some of {', '.join(DETECTORS)}")
-    scratch = Path(tempfile.mkdtemp(prefix="cinema-bench-")) if folder is None else None
-    try:
-        films = write_trials(toy, 0, scratch, on_progress) if scratch else _films(folder or Path())
+    if folder and not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
+    with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
+        written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
+        films = sorted(p for p in written if p.is_file() and p.suffix not in (".csv", ".json"))
+        films = [p for p in films if any(truth.is_file() for truth in _truths(p))]
         figures = compare(films, detectors or DETECTORS, on_progress)
         return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}
-    finally:
-        if scratch:
-            shutil.rmtree(scratch)
-
-
-def _films(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
-    known = {path.name.removesuffix(".cuts.csv") for path in folder.glob("*.cuts.csv")}
-    known |= {path.stem for path in folder.glob("*.json")}
-    return sorted(p for p in folder.iterdir() if p.stem in known and p.suffix not in (".csv", ".json") and p.is_file())

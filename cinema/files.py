@@ -14,10 +14,7 @@ from cinema.errors import UserError
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
 
-    A link is followed: the file that it names is replaced.
-
-    Raises:
-        UserError: `path` is a folder, a device or anything else that is no file.
+    A link is followed: the file that it names is replaced. Raises UserError where `path` is no ordinary file.
     """
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():

@@ -1,8 +1,9 @@
 """Films as files: H.264 in MP4 that every browser plays, written frame by frame, and read back."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
@@ -19,11 +20,8 @@ BT709 = 1  # the number that H.264 has for these primaries, this transfer and th
 class FilmWriter:
     """Writes a film frame by frame; the file appears whole when the block ends well, and not at all otherwise.
 
-    Args:
-        path: ends in ``.mp4``.
-        width, height: pixels, both even (4:2:0 halves the colour).
-        fps: frames per second.
-        crf: x264's constant rate factor: 0 is lossless, 18 looks so, 23 is usual.
+    `path` ends in ``.mp4``; `width` and `height` are even, since 4:2:0 halves the colour; `fps` are frames per second;
+    `crf` is x264's constant rate factor: 0 is lossless, 18 looks so, 23 is usual.
 
     Raises:
         UserError: an odd or empty size, another ending, or not one frame was added.
@@ -34,48 +32,42 @@ class FilmWriter:
             raise UserError(f"{path}: a film of {width} x {height} pixels cannot be written; both must be even")
         if path.suffix != ".mp4":
             raise UserError(f"{path}: films are written as MP4; give a name that ends in .mp4")
-        self.path, self.width, self.height, self.fps, self.crf = path, width, height, fps, crf
-        self.frames = 0
+        self.path, self.size, self.frames, self._block = path, (width, height), 0, self._writing(fps, crf)
 
-    def __enter__(self) -> "FilmWriter":
-        with ExitStack() as stack:
-            part = stack.enter_context(atomic(self.path))
-            self._file = stack.enter_context(av.open(str(part), "w", options={"movflags": "+faststart"}))
-            self._stream = self._file.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
-            self._stream.width, self._stream.height, self._stream.pix_fmt = self.width, self.height, "yuv420p"
+    @contextmanager
+    def _writing(self, fps: int, crf: int) -> Iterator[None]:
+        with atomic(self.path) as part, av.open(str(part), "w", options={"movflags": "+faststart"}) as self._file:
+            self._stream = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+            (self._stream.width, self._stream.height), self._stream.pix_fmt = self.size, "yuv420p"
             codec = self._stream.codec_context
             codec.thread_count = 1  # the same bytes on every machine
             codec.color_primaries = codec.color_trc = codec.colorspace = BT709  # said, since players guess differently
             codec.color_range = ColorRange.MPEG
-            self._open = stack.pop_all()
+            yield
+            if not self.frames:
+                raise UserError(f"{self.path}: a film needs at least one frame; nothing was written")
+            self._file.mux(self._stream.encode(None))
+
+    def __enter__(self) -> "FilmWriter":
+        self._block.__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
 
     def add(self, image: Image.Image) -> None:
         """Append one RGB frame; ValueError if its size is not the film's."""
-        if image.size != (self.width, self.height):
-            raise ValueError(f"a frame of {image.size} pixels in a film of {(self.width, self.height)}")
-        frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
-        frame = frame.reformat(
+        if image.size != self.size:
+            raise ValueError(f"a frame of {image.size} pixels in a film of {self.size}")
+        frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24").reformat(
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation="AREA"
         )
         frame.pts, self.frames = self.frames, self.frames + 1
         self._file.mux(self._stream.encode(frame))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with self._open:
-            if error is not None:
-                raise error  # through the stack, so that the unfinished file is removed
-            if not self.frames:
-                raise UserError(f"{self.path}: a film needs at least one frame; nothing was written")
-            self._file.mux(self._stream.encode(None))
-
 
 def read_frames(path: Path) -> list[Image.Image]:
-    """All frames of a film, RGB, in the order they are shown.
-
-    Raises:
-        UserError: the file is missing or cannot be decoded.
-    """
+    """All frames of a film, RGB, in the order they are shown; UserError if it is missing or cannot be decoded."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such film; correct the path")
     try:

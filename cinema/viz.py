@@ -16,46 +16,30 @@ def film_strip(
     columns: int = 4,
     width: int = 256,
 ) -> Image.Image:
-    """Frames in rows, each with its number and caption below.
+    """A sheet of frames, or of the files they are in, each with its number and caption below.
 
-    Args:
-        images: pictures, or paths of pictures.
-        captions: one a picture; shown as plain text.
-        columns: pictures in a row.
-        width: pixels of a picture; the height of all follows from the first one's aspect.
-
-    Raises:
-        ValueError: there is no picture, or another number of captions.
+    There are `columns` in a row, `width` pixels wide and all as high as the first one's aspect says. Raises
+    ValueError without a picture or with another number of captions.
     """
     if not images or (captions is not None and len(captions) != len(images)):
         raise ValueError(f"{len(images)} pictures and {len(captions or [])} captions: give a caption each, or none")
     first = _frame(images[0])
-    height = round(width * first.height / first.width)
-    lines = _wrapped(captions, width) if captions is not None else [[] for _ in images]
-    font, number = ImageFont.load_default(11), ImageFont.load_default(10)
-    cell = height + (6 + 14 * max(map(len, lines)) if captions is not None else 0)
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
+    height, letters = round(width * first.height / first.width), max(12, width // 6)
+    wrapped = [textwrap.wrap(text, letters, initial_indent=" " * 4)[:6] or [""] for text in captions or []]
+    columns, rows = min(columns, len(images)), -(-len(images) // columns)
+    cell = height + (6 + 14 * max(map(len, wrapped)) if wrapped else 0)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (cell + GAP) + GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(11), ImageFont.load_default(10)
+    for i, image in enumerate(images):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (cell + GAP)
         sheet.paste(_frame(image).resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        for j, line in enumerate(text):
-            draw.text((x + (22 if j == 0 else 0), y + height + 4 + 14 * j), line.strip(), INK, font)
-        if text:
-            draw.text((x, y + height + 5), str(i + 1), FAINT, number)
+        if wrapped:
+            draw.text((x, y + height + 5), str(i + 1), FAINT, small)
+            for j, line in enumerate(wrapped[i]):  # the first line is indented: the number stands before it
+                draw.text((x + (0 if j else 22), y + height + 4 + 14 * j), line.strip(), INK, font)
     return sheet
 
 
 def _frame(image: Image.Image | Path | str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with Image.open(image) as file:  # one open file at a time: a story has thousands of shots
-        return file.convert("RGB")
-
-
-def _wrapped(captions: Sequence[str], width: int) -> list[list[str]]:
-    """Captions in lines that fit the width; the first line is shorter, a number stands before it."""
-    letters = max(12, width // 6)
-    return [textwrap.wrap(text, letters, initial_indent=" " * 4)[:6] or [""] for text in captions]
+    # One picture at a time is opened, and closed as soon as it is read: a story has thousands of shots.
+    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")

@@ -11,14 +11,11 @@ from test_curation import make_film, number_in
 
 from cinema import bench
 from cinema.cli import main
-from cinema.curation.detect import SceneDetect
 from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
-from cinema.curation.filters import Filters, sharpness, text_card
 from cinema.curation.frames import Box
-from cinema.curation.gradual import Gradual
-from cinema.curation.planes import change, is_another_picture, luma_distance, shrink_planes
-from cinema.curation.scan import Scan, scan_film
-from cinema.curation.shots import ROOM, Keeper, Timeline, cut_film
+from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
+from cinema.curation.scan import Filters, Scan, scan_film, sharpness, text_card
+from cinema.curation.shots import ROOM, Keeper, SceneDetect, Timeline, cut_film
 from cinema.curation.store import CuratedShot
 from cinema.errors import UserError
 from cinema.toyworld.film import write_films

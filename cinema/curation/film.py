@@ -1,9 +1,7 @@
 """Reading a film file: facts about it, and its frames in presentation order.
 
-Frames are decoded from the start and never by seeking, which picks wrong frames in several containers. A frame is
-known by its index and its PTS, and seconds are PTS x time base: frame numbers lie where the frame rate varies.
-
-Array axes: `h w` rows and columns of a plane as stored, 8 bit.
+Frames are decoded from the start and never by seeking, which picks wrong frames in several containers. Seconds are
+PTS x time base: frame numbers lie where the rate varies. Axes: `h w` rows and columns of a plane as stored, 8 bit.
 """
 
 import contextlib
@@ -19,8 +17,6 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from cinema.errors import UserError
-
-PLANAR = ("yuv420p", "yuvj420p")  # what is looked at as it is stored; all else is converted to it
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,7 @@ class Frame:
 
 
 def probe(path: Path) -> Film:
-    """Read a film's header.
-
-    Raises:
-        UserError: the file is missing, a folder, empty, not readable as a film, or holds no moving picture.
-    """
+    """Read a film's header; UserError if it is missing, a folder, empty, no film or without a moving picture."""
     with _opened(path) as (container, stream):
         base = stream.time_base or Fraction(1, av.time_base)
         duration = container.duration / av.time_base if container.duration else None
@@ -71,8 +63,8 @@ def probe(path: Path) -> Film:
 
 def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]]:
     """The Y, U and V planes of a frame, colour at half the size; views into it where it is stored so."""
-    if image.format.name not in PLANAR or (image.width, image.height) != (film.width, film.height):
-        image = image.reformat(width=film.width, height=film.height, format="yuv420p")
+    as_is = image.format.name in ("yuv420p", "yuvj420p") and (image.width, image.height) == (film.width, film.height)
+    image = image if as_is else image.reformat(width=film.width, height=film.height, format="yuv420p")
     sizes = [(p, np.frombuffer(memoryview(p), np.uint8)[: p.height * p.line_size]) for p in image.planes]
     return [rows.reshape(p.height, p.line_size)[:, : p.width] for p, rows in sizes]
 
@@ -81,10 +73,7 @@ class FrameReader:
     """One pass over the frames of a film, surviving what is broken in it.
 
     After a packet that cannot be decoded, or that the container marks as corrupt, every frame up to the next key
-    frame is `damaged`, since it is predicted from what is missing.
-
-    Attributes:
-        errors: packets that could not be read or decoded so far.
+    frame is `damaged`, since it is predicted from what is missing. `errors` counts such packets so far.
     """
 
     def __init__(self, film: Film, keys_only: bool = False):

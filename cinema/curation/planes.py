@@ -1,12 +1,12 @@
-"""A film's pictures as its cut rules see them: small Y, U and V planes, and how far two of them are apart.
+"""A film's pictures as our cut rules see them, small Y, U and V planes: how far two are apart, and what fades.
 
-Array axes: `c` the planes Y, U, V, or U and V alone; `h w` rows and columns of the picture area, shrunk.
+Array axes: `c` the planes Y, U, V, or U and V alone; `h w` rows and columns of the picture area, shrunk; `t` steps.
 """
 
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int16, UInt8
 
 from cinema.curation.film import Film, Frame, planes_of
 from cinema.curation.frames import Box
@@ -15,6 +15,13 @@ GRID = 160  # of a shrunk plane's longer side, about
 FLOOR = 12.0  # another picture changes Y, U and V together by so much on average, of 255
 GATE = 0.25  # and leaves another luma, by 1 - correlation, or else U and V that change by FLOOR: light changes do not
 FLAT = 3.0  # standard deviation of luma up to which nothing is seen, as in black
+STEPS_PER_SECOND = 12  # at which a transition is looked at; at least the film's rate where that is lower
+LENGTHS = (5, 7, 10, 14, 20, 28)  # steps of the windows in which one is looked for
+STRAIGHT = 0.3  # halfway, a pixel may be so far from the mean of its ends, as a share of its whole change
+JUMP = 0.5  # no step of a pixel may be a larger share of its change
+BACK = 0.15  # and none a larger share backwards
+SHARE = 0.4  # of all change, so much must be of pixels like that
+HOLD = 0.09  # half of them change by no larger a share within half a window before, and after
 
 Planes = UInt8[np.ndarray, "c h w"]
 
@@ -22,25 +29,23 @@ Planes = UInt8[np.ndarray, "c h w"]
 def shrink_planes(frame: Frame, film: Film, picture: Box) -> Planes:
     """The picture area of Y, U and V, all of the size of a shrunk chroma plane.
 
-    A pixel is the mean of its block, or of 4 x 4 places spread over it where the block is larger than that: this
-    costs the same at every size, and grain is still averaged away.
+    A pixel is the mean of its block, of 4 x 4 places in it where it is larger: grain is averaged away at any size.
     """
     left, top, right, bottom = (side // 2 for side in astuple(picture))  # in chroma samples
     step = max(1, round(max(right - left, bottom - top) / GRID))
     h, w = (bottom - top) // step, (right - left) // step
     if not h or not w:
         return np.zeros((3, 1, 1), np.uint8)
-    small = np.empty((3, h, w), np.uint8)
+    small = np.zeros((3, h, w), np.uint16)
     for c, (plane, scale) in enumerate(zip(planes_of(frame.image, film), (2, 1, 1), strict=True)):
         block, stride = step * scale, max(1, step * scale // 4)
         area = plane[top * scale : top * scale + h * block, left * scale : left * scale + w * block]
         places = range(stride // 2, stride * min(block, 4), stride)
-        total = np.zeros((h, w), np.uint16)
         for i in places:
             for j in places:
-                total += area[i::block, j::block]
-        small[c] = total // len(places) ** 2
-    return small
+                small[c] += area[i::block, j::block]
+        small[c] //= len(places) ** 2
+    return small.astype(np.uint8)
 
 
 def change(a: Planes, b: Planes) -> float:
@@ -60,6 +65,83 @@ def is_another_picture(a: Planes, b: Planes) -> bool:
     return change(a, b) >= FLOOR and (luma_distance(a, b) >= GATE or change(a[1:], b[1:]) >= FLOOR)
 
 
-def is_flat(planes: Planes) -> bool:
-    """Whether a frame shows nothing."""
+def _is_flat(planes: Planes) -> bool:
     return float(planes[0].std()) <= FLAT
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A shot begins at frame `index`, `time` in seconds, by a "cut", or by a "dissolve" or "fade" over in `until`."""
+
+    index: int
+    time: float
+    kind: str
+    until: int
+
+
+class Gradual:
+    """Looks for fades and dissolves, pictures that turn into others step by step, in the latest of a shot.
+
+    In a dissolve from A to B a frame is (1 - alpha) A + alpha B, alpha rising from 0 to 1. So a pixel goes straight
+    from its old value to its new one, in many small steps; where things move, it jumps when an edge passes it. Before
+    and after, most of these pixels hold still; under a slow camera they go on changing. What moves within the two
+    shots spoils only its own pixels. A fade is a dissolve from black, or from any flat picture.
+    """
+
+    def __init__(self, rate: float):
+        self._every, self._seen = max(1, round(rate / STEPS_PER_SECOND)), 0
+        self._steps: list[tuple[int, float, Planes]] = []  # frame, second, picture
+
+    def add(self, index: int, time: float, planes: Planes) -> Turn | None:
+        """Take in the next picture; what it completes: it begins where the new shot outweighs, or black ends."""
+        self._seen += 1
+        if self._seen % self._every:
+            return None
+        self._steps = [*self._steps[1 - 2 * (LENGTHS[-1] + 1) :], (index, time, planes[:, ::2, ::2])]
+        windows = (self._turn(length) for length in LENGTHS if len(self._steps) > length + length // 2)
+        return next((turn for turn in windows if turn), None)
+
+    def forget(self, before: int) -> None:
+        """A shot begins: what was seen before that frame is of another one."""
+        self._steps = [step for step in self._steps if step[0] >= before]
+
+    def _turn(self, length: int) -> Turn | None:
+        """What lies in the window that ended half its length ago."""
+        last = len(self._steps) - 1 - length // 2
+        first = last - length
+        window = [planes for _, _, planes in self._steps[first : last + 1]]
+        old, new = window[0], window[-1]
+        if change(old, new) < FLOOR or not _is_straight(old, window[length // 2], new, (length // 2) / length):
+            return None
+        if _is_flat(new) or not is_another_picture(old, new):  # it fades out: the shot lasts until black ends
+            return None
+        frames = np.stack(window).astype(np.int16)
+        whole, good = frames[-1] - frames[0], _gradual_pixels(frames)
+        weight = np.abs(whole) * good
+        fades, (before, after) = _is_flat(old), (self._steps[max(0, first - length // 2)][2], self._steps[-1][2])
+        moves = max(0.0 if fades else _movement(frames[0], before, weight), _movement(frames[-1], after, weight))
+        if weight.sum() < SHARE * np.abs(whole).sum() or moves > HOLD:
+            return None
+        alpha = ((frames - frames[0]) * (np.sign(whole) * good)).sum(axis=(1, 2, 3)) / weight.sum()
+        index, time, _ = self._steps[first + int(np.argmax(alpha > (0.08 if fades else 0.5)))]
+        return Turn(index, time, "fade" if fades else "dissolve", self._steps[last][0])
+
+
+def _is_straight(old: Planes, middle: Planes, new: Planes, alpha: float) -> bool:
+    """Whether enough of the picture is between its ends where it should be: cheap, and mostly it is not."""
+    whole = new.astype(np.int16) - old
+    off, size = np.abs(middle.astype(np.int16) - old - alpha * whole), np.abs(whole)
+    return bool((size * (off <= STRAIGHT * size)).sum() >= SHARE * size.sum())
+
+
+def _gradual_pixels(frames: Int16[np.ndarray, "t c h w"]) -> Bool[np.ndarray, "c h w"]:
+    """Pixels that go from the first frame to the last in small steps one way."""
+    whole, steps = frames[-1] - frames[0], np.diff(frames, axis=0)
+    size, back = np.abs(whole), (steps * np.sign(whole)).min(axis=0)
+    return (np.abs(steps).max(axis=0) <= JUMP * size) & (back >= -BACK * size) & (size > 0)
+
+
+def _movement(end: Int16[np.ndarray, "c h w"], beyond: Planes, weight: Int16[np.ndarray, "c h w"]) -> float:
+    """The median change from an end of the window to beyond it, as a share of `weight`, where that is large."""
+    large = weight >= FLOOR
+    return float(np.median(np.abs(end - beyond)[large] / weight[large])) if large.any() else 0.0

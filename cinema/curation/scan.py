@@ -1,27 +1,37 @@
-"""One film, from its file to its shots and their keyframes: all of curation that looks at pixels."""
+"""One film, from its file to its shots and their keyframes: all of curation that looks at pixels.
+
+Which keyframes are not worth training on: blank, black, blurred, a text card, or the last one again. Every filter is
+a number and a threshold, both stored with the shot, so that another choice needs no second look at the film.
+Array axes: `h w` rows and columns of a keyframe; RGB or grey, 0-255.
+"""
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
 
 from cinema.curation.film import Film
-from cinema.curation.filters import Filters
 from cinema.curation.frames import Box, find_borders, keyframe_image, to_jpeg
 from cinema.curation.shots import CutShot, Timeline, cut_film
 from cinema.curation.store import CuratedShot
 
+SMALL = (128, 64)  # pixels at which blur and repetition are judged: a small film that was enlarged is not blurred
+BLANK = 8.0  # grey levels within which 90 % of a blank frame lie
+BLACK = 24.0  # grey level above which 5 % of a frame lie at least, unless it is black
+BLURRED = 0.02  # detail of a frame that is still sharp at SMALL, as a share of its contrast
+CARD = 0.7  # share of a text card that is plain background behind thin, far brighter or darker strokes
+SAME = 2.0  # mean grey levels by which a frame differs from the last one kept at least
+
 
 @dataclass(frozen=True)
 class Scan:
-    """What looking at a film found.
-
-    Attributes:
-        rows: its shots in order, without captions; they tile the film.
-        frames, damaged: frames decoded, and those whose pixels can not be trusted.
-        errors: packets that could not be decoded.
-        last_pts_s: when the last frame is shown, in seconds.
-        lasts_s: seconds from the first frame's beginning to the last one's end.
-    """
+    """What looking at a film found: its shots, which tile it, without captions; how many frames were decoded, and how
+    many of them can not be trusted; packets that could not be decoded; when the last frame is shown, in seconds; and
+    seconds from the first frame's beginning to the last one's end."""
 
     rows: list[CuratedShot]
     frames: int
@@ -35,9 +45,7 @@ def scan_film(film: Film, height: int, detector: str, on_progress: Callable[[flo
     """Find a film's picture area, its shots, and a keyframe of each, `height` x `2 * height` pixels.
 
     `detector` is one of `shots.DETECTORS`; `on_progress` is told the share done, 0 to 1, and what is happening.
-
-    Raises:
-        UserError: not one frame can be decoded.
+    Raises UserError where not one frame can be decoded.
     """
     on_progress(0.0, "looking for borders")
     picture, line, expected = find_borders(film), Timeline(), film.expected_frames
@@ -48,30 +56,69 @@ def scan_film(film: Film, height: int, detector: str, on_progress: Callable[[flo
     return Scan(rows, len(line.pts), sum(line.damaged), line.errors, float(line.pts[-1] * film.time_base), lasts)
 
 
-def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filters: Filters) -> CuratedShot:
+def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filters: "Filters") -> CuratedShot:
     """A shot with its keyframe, no caption yet; one that is no use is set aside."""
-
-    def seconds(pts: int) -> float:
-        return float(pts * film.time_base)
-
     image, reason, middle = None, "no frame of it is free of decoding errors", shot.middle
     scores: dict[str, tuple[float, float]] = {"damaged": (shot.damaged / (shot.end - shot.start), 1.0)}
     if middle:
         pixels = keyframe_image(middle.image, film, picture, height)
         found = filters.judge(pixels)
         image, reason, scores = to_jpeg(pixels), found.reason, scores | found.scores
+    base = film.time_base
     return CuratedShot(
-        shot=number,
-        start_s=seconds(shot.start_pts),
-        end_s=seconds(shot.end_pts),
-        start_frame=shot.start,
-        end_frame=shot.end,
-        time_base=str(film.time_base),
-        keyframe_s=seconds(middle.pts) if middle else None,
-        **{f"crop_{side}": at for side, at in asdict(picture).items()},
-        image=image,
-        kept=not reason,
-        reason=reason,
-        transition=shot.transition,
-        scores=json.dumps(scores),
-    )
+        shot=number, start_frame=shot.start, end_frame=shot.end, time_base=str(base), transition=shot.transition,
+        start_s=float(shot.start_pts * base), end_s=float(shot.end_pts * base), image=image,
+        keyframe_s=float(middle.pts * base) if middle else None, kept=not reason, reason=reason,
+        scores=json.dumps(scores), **{f"crop_{side}": at for side, at in vars(picture).items()},
+    )  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """What the filters say: `scores` name -> (score, threshold), and why to set the frame aside, "" for not at all."""
+
+    scores: dict[str, tuple[float, float]]
+    reason: str
+
+
+class Filters:
+    """Judges the keyframes of one film, in order: it remembers the last one kept."""
+
+    def __init__(self) -> None:
+        self._last: Float[np.ndarray, "h w"] | None = None
+
+    def judge(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Finding:
+        """Score a keyframe. Only the one before it can make it a repetition: a set that returns later is welcome."""
+        grey = Image.fromarray(pixels).convert("L")
+        whole, small = np.asarray(grey), np.asarray(grey.resize(SMALL, Image.Resampling.BOX), np.float32)
+        low, high = np.percentile(pixels.mean(axis=-1), [5, 95])
+        differs = 255.0 if self._last is None else float(np.abs(small - self._last).mean())
+        tests = (  # the first that fails is the reason: a card is nearly blank
+            ("card", card := text_card(whole), CARD, card > CARD, "text card"),
+            ("contrast", float(high - low), BLANK, high - low < BLANK, "blank frame"),
+            ("brightness", float(high), BLACK, high < BLACK, "black frame"),
+            ("sharpness", sharp := sharpness(small), BLURRED, sharp < BLURRED, "blurred frame"),
+            ("difference", differs, SAME, differs < SAME, "the keyframe before it again"),
+        )
+        reason = next((reason for *_, failed, reason in tests if failed), "")
+        if not reason:
+            self._last = small
+        return Finding({name: (round(score, 4), least) for name, score, least, *_ in tests}, reason)
+
+
+def sharpness(grey: Float[np.ndarray, "h w"]) -> float:
+    """Standard deviation of what a 3 x 3 mean takes away, as a share of the picture's; 1 for noise, 0 for fog."""
+    rows = grey[:-2] + grey[1:-1] + grey[2:]
+    mean = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+    return float((grey[1:-1, 1:-1] - mean).std() / (grey.std() + 1e-6))
+
+
+def text_card(grey: UInt8[np.ndarray, "h w"]) -> float:
+    """Share of the picture within 12 grey levels of its median, where all else is thin and stands out; else 0.
+
+    Thin: at least half of what is more than 60 levels away lies within a hundredth of the height of what is not.
+    """
+    off = np.abs(grey.astype(np.int16) - int(np.median(grey)))
+    ink, reach = off > 60, max(1, len(grey) // 100)
+    core = ink[2 * reach :, reach:-reach] & ink[: -2 * reach, reach:-reach]
+    core &= ink[reach:-reach, 2 * reach :] & ink[reach:-reach, : -2 * reach]
+    return 0.0 if not 0.002 < ink.mean() < 0.3 or core.sum() > 0.5 * ink.sum() else float((off <= 12).mean())

@@ -1,16 +1,32 @@
-"""One pass over a film: its shots, and of each the frame halfway in time, without holding more than a few frames."""
+"""One pass over a film: where its shots begin, and of each the frame halfway in time, with few frames in memory.
 
+Who says where: our rules on the Y, U and V planes, or PySceneDetect's. A detector is told every frame once, then to
+`finish`; it answers, maybe late, with (first frame of a shot, how it begins: by a "cut", a "dissolve" or a "fade").
+"""
+
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
-from cinema.curation.detect import DETECTOR, DETECTORS, SHORTEST_SHOT, Boundary
+import numpy as np
+from jaxtyping import UInt8
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, SceneDetector
+from scenedetect.common import Timecode
+
 from cinema.curation.film import Film, Frame, FrameReader
 from cinema.curation.frames import Box
+from cinema.curation.planes import Gradual, Planes, Turn, change, is_another_picture, shrink_planes
 from cinema.errors import UserError
 
-__all__ = ["DETECTOR", "DETECTORS", "SHORTEST_SHOT", "CutShot", "Keeper", "Timeline", "cut_film"]
 ROOM = 40  # decoded frames held at once: 124 MB at 1080p; 34 would do for a 24th of a shot at 24 frames a second
 LATENESS_S, LATENESS_FRAMES = 4.0, 100  # how late a detector may answer; a frame older than both is in this shot
+# Seconds, not frames: PySceneDetect's default of 15 frames drops cuts 14 frames apart, and at 8 fps whole shots.
+SHORTEST_SHOT = 0.3
+SHORTEST_FRAMES = 8  # ours: a shot lasts this many frames or SHORTEST_SHOT, whichever is shorter
+LOOK_SIZE = 256  # pixels of the longer side that PySceneDetect sees
+RATIO = 3.0  # a cut changes the picture so much more than the frames around it do
+WINDOW = 2  # changes on each side that a change is compared with
+NEAR = 6  # frames beyond which they tell nothing, and after which a change is judged by those there are
 
 
 @dataclass(frozen=True)
@@ -36,18 +52,49 @@ class Timeline:
     errors: int = 0
 
 
+def cut_film(
+    film: Film, picture: Box, detector: str, line: Timeline, on_frame: Callable[[int], None] = lambda index: None
+) -> Iterator[CutShot]:
+    """Decode a film once and give its shots as they end; they tile it.
+
+    `detector` is one of DETECTORS and sees the `picture` area; `line` is filled on the way; `on_frame` is told the
+    index of every frame. Raises UserError where not one frame can be decoded.
+    """
+    judge, reader, keeper = DETECTORS[detector](film, picture), FrameReader(film), Keeper(film)
+
+    def boundaries() -> Iterator[tuple[int, str]]:
+        for frame in reader:
+            line.pts.append(frame.pts)
+            line.damaged.append(frame.damaged)
+            line.end_pts, line.errors = frame.end_pts, reader.errors
+            keeper.add(frame)
+            yield from judge.look(frame)
+            on_frame(frame.index)
+        line.errors = reader.errors
+        if not line.pts:
+            raise UserError(f"{film.path}: not one frame could be decoded; the file is damaged")
+        yield from judge.finish()
+        yield len(line.pts), "end"
+
+    start, kind = 0, "cut"
+    for end, next_kind in boundaries():
+        start_pts, end_pts = line.pts[start], line.end_pts if next_kind == "end" else line.pts[end]
+        middle = keeper.cut(end, start_pts, end_pts)
+        yield CutShot(start, end, start_pts, end_pts, kind, sum(line.damaged[start:end]), middle)
+        start, kind = end, next_kind
+
+
 class Keeper:
     """Holds frames of the running shot, at most ROOM, so that whenever it ends its middle frame is among them.
 
-    The middle of a shot that is still running moves forward, at half the speed of time: what lies before it is let
-    go. A frame `x` seconds into the shot becomes the middle one of a shot of `2 x` seconds, so for an error of 1/24
-    of it, frames there may lie `x / 6` seconds apart. A cut that is told late ends the shot in the past, and the
-    frames after it are a new one: a frame of age `a` may be the middle of that, so there `a / 6` is close enough.
-    When there is no room, the frame that is least needed goes.
+    The middle of a running shot moves forward at half the speed of time: what lies before it is let go. A frame `x`
+    seconds into the shot becomes the middle one of a shot of `2 x` seconds, so for an error of 1/24 of it, frames
+    there may lie `x / 6` seconds apart. A cut that is told late ends the shot in the past: a frame of age `a` may be
+    the middle of the new one, so there `a / 6` is close enough. Without room, the least needed frame goes.
     """
 
     def __init__(self, film: Film):
-        self.film, self.frames, self._start = film, list[Frame](), 0
+        self.frames, self._start = list[Frame](), 0
         self._late = max(LATENESS_FRAMES / float(film.rate), LATENESS_S) / float(film.time_base)
 
     def add(self, frame: Frame) -> None:
@@ -58,10 +105,7 @@ class Keeper:
                 self.frames.pop(self._least_needed())
 
     def cut(self, index: int, start_pts: int, end_pts: int) -> Frame | None:
-        """The frame nearest to the middle of the shot that ends before frame `index`, at `end_pts`; forget the shot.
-
-        None if no frame of it is whole.
-        """
+        """The whole frame nearest to the middle of the shot that ends before frame `index`, if any; forget the shot."""
         halfway = (start_pts + end_pts) / 2
         shot = [f for f in self.frames if f.index < index]
         self.frames, self._start = self.frames[len(shot) :], end_pts
@@ -72,51 +116,132 @@ class Keeper:
         now, start, frames = self.frames[-1].pts, self._start, self.frames
         if frames[1].pts <= (start + max(start, now - self._late)) / 2:
             return 0  # the middle has passed the frame after it
-        return min(range(1, len(frames) - 2), key=lambda i: self._spacing(i, now))
 
-    def _spacing(self, i: int, now: int) -> float:
-        """How far apart the frames beside frame `i` are, as a multiple of what is close enough there."""
-        before, frame, after = self.frames[i - 1 : i + 2]
-        age, into = now - frame.pts, frame.pts - self._start
-        return (after.pts - before.pts) / max(1, into if age > self._late else min(age, into))
+        def spacing(i: int) -> float:  # of the frames beside frame `i`, as a multiple of what is close enough there
+            age, into = now - frames[i].pts, frames[i].pts - start
+            return (frames[i + 1].pts - frames[i - 1].pts) / max(1, into if age > self._late else min(age, into))
+
+        return min(range(1, len(frames) - 2), key=spacing)
 
 
-def cut_film(
-    film: Film, picture: Box, detector: str, line: Timeline, on_frame: Callable[[int], None] | None = None
-) -> Iterator[CutShot]:
-    """Decode a film once and give its shots as they end; they tile it.
+# --- detectors --------------------------------------------------------------------------------------------------
 
-    Args:
-        film, picture: the film and its picture area, outside of which nothing is looked at.
-        detector: one of DETECTORS.
-        line: is filled on the way.
-        on_frame: told the index of every frame.
 
-    Raises:
-        UserError: not one frame can be decoded.
+class SceneDetect:
+    """A detector of PySceneDetect, which sees the picture area shrunk to LOOK_SIZE, in BGR."""
+
+    def __init__(self, film: Film, picture: Box, judge: SceneDetector):
+        self.film, self.picture, self.judge = film, picture, judge
+        self._index: dict[int, int] = {}  # PTS -> frame: its answers are moments
+        self._last: FrameTimecode | None = None
+
+    def look(self, frame: Frame) -> list[tuple[int, str]]:
+        """Boundaries that this frame makes certain."""
+        self._index[frame.pts] = frame.index
+        self._last = FrameTimecode(Timecode(pts=frame.pts, time_base=self.film.time_base), fps=self.film.rate)
+        return self._boundaries(self.judge.process_frame(self._last, self._bgr(frame)))
+
+    def finish(self) -> list[tuple[int, str]]:
+        """Boundaries that the end of the film makes certain."""
+        return self._boundaries(self.judge.post_process(self._last)) if self._last else []
+
+    def _boundaries(self, cuts: list[FrameTimecode]) -> list[tuple[int, str]]:
+        return [(self._index[cut.pts], "cut") for cut in cuts if cut.pts in self._index]
+
+    def _bgr(self, frame: Frame) -> UInt8[np.ndarray, "h w 3"]:
+        box, film = self.picture, self.film
+        scale = min(1.0, LOOK_SIZE / max(box.right - box.left, box.bottom - box.top))
+        size = {"width": max(2, round(film.width * scale)), "height": max(2, round(film.height * scale))}
+        small = frame.image.reformat(**size, format="bgr24", interpolation="AREA").to_ndarray()
+        left, top, right, bottom = (round(side * scale) for side in astuple(box))
+        return np.ascontiguousarray(small[top : max(bottom, top + 1), left : max(right, left + 1)])
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A frame unlike the one before it, when it is shown in seconds, and by how much it changes."""
+
+    index: int
+    time: float
+    amount: float
+    before: Planes
+    after: Planes
+
+
+class PlanesDetector:
+    """Our rules: a cut is a change that sticks out of those around it, leaves another picture, and lasts.
+
+    `Gradual` has the rule for fades and dissolves. Repeated frames, as in 24 frames per second shown at 30, are left
+    out: each would be a change of nothing that makes its neighbours stick out. So are damaged ones.
     """
-    judge, reader, keeper = DETECTORS[detector](film, picture), FrameReader(film), Keeper(film)
-    begun = Boundary(0)
 
-    def end_shot(end: int, end_pts: int) -> CutShot:
-        start_pts, damaged = line.pts[begun.frame], sum(line.damaged[begun.frame : end])
-        middle = keeper.cut(end, start_pts, end_pts)
-        return CutShot(begun.frame, end, start_pts, end_pts, begun.kind, damaged, middle)
+    def __init__(self, film: Film, picture: Box):
+        self.film, self.picture = film, picture
+        self._last: Planes | None = None
+        self._changes: deque[_Change] = deque(maxlen=2 * WINDOW + 1)
+        self._now, self._judged = 0, -1  # the last frame seen, and the last whose change was judged
+        self._start = 0, 0.0  # frame and second in which the running shot began
+        self._gradual = Gradual(float(film.rate))
 
-    for frame in reader:
-        line.pts.append(frame.pts)
-        line.damaged.append(frame.damaged)
-        line.end_pts, line.errors = frame.end_pts, reader.errors
-        keeper.add(frame)
-        for found in judge.look(frame):
-            yield end_shot(found.frame, line.pts[found.frame])
-            begun = found
-        if on_frame:
-            on_frame(frame.index)
-    line.errors = reader.errors
-    if not line.pts:
-        raise UserError(f"{film.path}: not one frame could be decoded; the file is damaged")
-    for found in judge.finish():
-        yield end_shot(found.frame, line.pts[found.frame])
-        begun = found
-    yield end_shot(len(line.pts), line.end_pts)
+    def look(self, frame: Frame) -> list[tuple[int, str]]:
+        """Boundaries that this frame makes certain."""
+        self._now = frame.index
+        if frame.damaged:
+            return []
+        now, time = shrink_planes(frame, self.film, self.picture), float(frame.pts * self.film.time_base)
+        if self._last is None:
+            self._start = frame.index, time
+        elif (amount := change(self._last, now)) > 0:
+            self._changes.append(_Change(frame.index, time, amount, self._last, now))
+        self._last = now
+        if cuts := self._judge():
+            return cuts
+        turn = self._gradual.add(frame.index, time, now)
+        return self._begin(turn) if turn else []
+
+    def finish(self) -> list[tuple[int, str]]:
+        """Boundaries that the end of the film makes certain."""
+        return self._judge(at_end=True)
+
+    def _judge(self, at_end: bool = False) -> list[tuple[int, str]]:
+        """Judge the changes that enough is known about, all of them at the end."""
+        found, changes = list[tuple[int, str]](), list(self._changes)
+        for i, one in enumerate(changes):
+            known = at_end or len(changes) - i > WINDOW or self._now - one.index >= NEAR
+            if one.index > self._judged and known:
+                self._judged = one.index
+                around = [c for c in changes[max(0, i - WINDOW) : i + 1 + WINDOW] if abs(c.index - one.index) <= NEAR]
+                if self._is_cut(one, around):
+                    found += self._begin(Turn(one.index, one.time, "cut", one.index))
+        return found
+
+    def _begin(self, turn: Turn) -> list[tuple[int, str]]:
+        """The boundary, unless it would end a shot that is too short."""
+        frame, second = self._start
+        if turn.index - frame < SHORTEST_FRAMES and turn.time - second < SHORTEST_SHOT:
+            return []
+        self._start = turn.index, turn.time
+        self._gradual.forget(turn.until)
+        return [(turn.index, turn.kind)]
+
+    def _is_cut(self, one: _Change, around: list[_Change]) -> bool:
+        """Whether a change is a cut, given it and those near it, in order."""
+        others = [c.amount for c in around if c is not one]
+        places = min(WINDOW, one.index - 1) + min(WINDOW, self._now - one.index)  # fewer at the ends of the film
+        usual = (sum(others) - max(others, default=0.0)) / max(1, places - 1)  # leaving out another cut near it
+        pairs = (one.before, one.after), (one.before, around[-1].after), (around[0].before, one.after)
+        # The last two pairs say that it is no flash.
+        return one.amount >= RATIO * usual and all(is_another_picture(a, b) for a, b in pairs)
+
+
+DETECTORS: dict[str, Callable[[Film, Box], PlanesDetector | SceneDetect]] = {
+    "planes": PlanesDetector,
+    "content": lambda film, box: SceneDetect(film, box, ContentDetector(min_scene_len=SHORTEST_SHOT)),
+    "adaptive": lambda film, box: SceneDetect(film, box, AdaptiveDetector(min_scene_len=SHORTEST_SHOT)),
+    # Hue and saturation are dead in black and white and alike within a set: they only dilute luma. PySceneDetect's
+    # "luma" is HSV's value, the largest of R, G and B: a cut from pure blue to pure yellow leaves it as it is.
+    "adaptive-luma": lambda film, box: SceneDetect(
+        film, box, AdaptiveDetector(luma_only=True, min_scene_len=SHORTEST_SHOT)
+    ),
+}
+DETECTOR = "planes"
