@@ -131,8 +131,13 @@ def _index(done: dict[str, dict[str, Any]], seen: dict[str, _Summary]) -> dict[s
     lengths = sum((s.lengths for s in seen.values()), Counter[int]())
     reasons = sum((s.reasons for s in seen.values()), Counter[str]())
     settings = " · ".join(f"{key} {value}" for key, value in _flat(next(iter(done.values()))["config"]))
-    page: dict[str, Any] = {"title": "Curated films", "settings": settings, "films": films, **_charts(lengths, reasons)}
-    return page | {"figures_": _figures(_totals(list(done.values())))}
+    index: dict[str, Any] = {
+        "title": "Curated films",
+        "settings": settings,
+        "films": films,
+        **_charts(lengths, reasons),
+    }
+    return index | {"figures_": _figures(_totals(list(done.values())))}
 
 
 def _totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
