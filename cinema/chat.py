@@ -10,8 +10,21 @@ from cinema.errors import UserError
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer: its text, why it ended ("stop", "length", "content_filter"), and tokens paid for it."""
+
+    text: str
+    finish: str = "stop"
+    tokens: int = 0
+
+
 class AnswerError(ValueError):
-    """The model gave no usable answer, asked twice; the message says what is wrong with the last."""
+    """The model gave no usable answer, asked twice; the message says what is wrong with the last, `reply`."""
+
+    def __init__(self, fault: str, reply: Reply):
+        super().__init__(fault)
+        self.reply = reply
 
 
 @dataclass(frozen=True)
@@ -39,32 +52,48 @@ def endpoint_from_environment() -> Endpoint | None:
 def ask(
     client: Any, model: str, system: str, question: Any, schema: dict[str, Any], read: Callable[[str], Answer]
 ) -> Answer:
-    """Ask for JSON of a schema; an answer that `read` refuses by ValueError goes back, once, with what is wrong.
+    """Have a `converse` with a server about JSON of a schema; raises openai.OpenAIError if it gives no answer."""
+
+    def say(messages: list[Any], turn: int) -> Reply:
+        return request(client, model, messages, schema)
+
+    return converse(say, system, question, lambda reply: read(reply.text))
+
+
+def converse(
+    say: Callable[[list[Any], int], Reply], system: str, question: Any, read: Callable[[Reply], Answer]
+) -> Answer:
+    """Ask a model; an answer that `read` refuses by ValueError goes back, once, with what is wrong.
 
     Args:
-        client: an `openai.OpenAI`; its import takes a second, so only those who ask pay for it.
+        say: gives the model's reply to messages; told 0, and 1 for the second try.
         question: the user's message, text or a list of parts.
 
     Raises:
         AnswerError: the second answer is refused as well.
-        openai.OpenAIError: the server gives none.
     """
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    for _ in range(2):
-        text = ""
+    for turn in range(2):
+        reply = say(messages, turn)
         try:
-            reply = client.chat.completions.create(model=model, messages=messages, temperature=0, response_format=form)
-            choices = getattr(reply, "choices", None)  # some servers answer 200 with something else
-            text = (choices[0].message.content or "") if choices else ""
-            return read(text)
+            return read(reply)
         except ValueError as error:
             fault = str(error)[:500]
-        messages += repair(text, fault)
-    raise AnswerError(fault)
+        repair = f"Not usable: {fault}. Answer again with the mended JSON object alone."
+        messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": repair}]
+    raise AnswerError(fault, reply)
 
 
-def repair(text: str, fault: str) -> list[Any]:
-    """The messages that ask once more: what the model said, and what is wrong with it."""
-    request = f"Not usable: {fault}. Answer again with the mended JSON object alone."
-    return [{"role": "assistant", "content": text}, {"role": "user", "content": request}]
+def request(client: Any, model: str, messages: list[Any], schema: dict[str, Any]) -> Reply:
+    """One request to an `openai.OpenAI`, whose import takes a second, so only those who ask pay for it."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    try:
+        answer = client.chat.completions.create(model=model, messages=messages, temperature=0, response_format=form)
+    except ValueError:  # the body is no JSON
+        return Reply("")
+    choices = getattr(answer, "choices", None)  # some servers answer 200 with something else
+    tokens = getattr(getattr(answer, "usage", None), "total_tokens", None) or 0
+    if not choices or (message := choices[0].message) is None:
+        return Reply("", tokens=tokens)
+    finish = "content_filter" if getattr(message, "refusal", None) else choices[0].finish_reason or "stop"
+    return Reply(message.content or "", finish, tokens)

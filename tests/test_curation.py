@@ -344,6 +344,20 @@ def test_a_changed_film_is_curated_again(tmp_path):
     assert (report.shots, report.skipped) == (3, False)
 
 
+def test_a_changed_ground_truth_is_read_again_and_concerns_nobody_else(tmp_path):
+    film = make_film(tmp_path / "a.mp4", [12, 12])
+    for annotator, again in ((GroundTruthAnnotator(), True), (NoAnnotator(), False)):
+        write_truth(film, [12, 12])
+        out = tmp_path / annotator.identity["kind"]
+        assert not curate([film], out, annotator=annotator, height=64).films[0].skipped
+        assert curate([film], out, annotator=annotator, height=64).films[0].skipped
+        truth = json.loads(film.with_suffix(".json").read_text())
+        truth["shots"][1]["caption"] = "close shot. <ada> right: red round."
+        film.with_suffix(".json").write_text(json.dumps(truth))
+        assert curate([film], out, annotator=annotator, height=64).films[0].skipped is not again
+        assert not again or read_film(out / "a.parquet").shots[1].tags == ["<ada>"]
+
+
 def test_wrong_commands_are_refused_in_one_sentence(tmp_path):
     film = make_film(tmp_path / "a.mp4", [12])
     (tmp_path / "other").mkdir()

@@ -1,7 +1,7 @@
 """Curation: a film file becomes shots, one keyframe and one caption per shot, and a Parquet file that is a `Story`.
 
-The order of the steps is the paper's: cuts (PySceneDetect), the middle frame of each shot, black borders
-removed, centre crop 2:1, resize to a fixed short side, captions that name characters by tags.
+The order of the steps is the paper's: cuts (by our own detector, or one of PySceneDetect's), the middle frame of each
+shot, black borders removed, centre crop 2:1, resize to a fixed short side, captions that name characters by tags.
 """
 
 from cinema.curation.annotate import (

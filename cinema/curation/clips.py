@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cinema.curation.film import Film, Frame, FrameReader
-from cinema.curation.store import CuratedShot, writing
+from cinema.curation.store import CuratedShot, schema_of, writing
 from cinema.errors import UserError
 from cinema.files import atomic
 
 FOLDER = "clips"
 # Looks like the film; without x264's look-ahead, which is slow and did not always give the same bytes.
 ENCODER = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
-SCHEMA = pa.schema([("shot", pa.int64()), ("tar", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,7 @@ class Clip:
 def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[[float], None]) -> None:
     """Write the kept shots as `out`/clips/<film stem>.tar, and `.parquet` beside it with a row per `Clip`.
 
-    The same film gives the same bytes. `tell` is told the share done.
-
-    Raises:
-        StoppedError: nothing can be written.
+    The same film gives the same bytes. `tell` is told the share done. Raises StoppedError if nothing can be written.
     """
     path, clips = out / FOLDER / f"{film.path.stem}.tar", list[Clip]()
     with writing(path), atomic(path) as part, tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -50,7 +46,7 @@ def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[
             entry.size = len(video)
             tar.addfile(entry, io.BytesIO(video))
             clips.append(Clip(shot, path.name, tar.offset - -(-len(video) // 512) * 512, len(video)))
-    table = pa.Table.from_pylist([vars(clip) for clip in clips], schema=SCHEMA)
+    table = pa.Table.from_pylist([vars(clip) for clip in clips], schema=schema_of(Clip))
     with writing(path), atomic(path.with_suffix(".parquet")) as part, open(part, "wb") as file:
         pq.write_table(table, file)
 

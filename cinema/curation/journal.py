@@ -3,72 +3,57 @@
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from cinema.chat import Reply
 from cinema.curation.store import writing
 
 Key = tuple[str, str, str, int]  # hash of the frame, model, hash of the prompt, 0 or 1 for the repair
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A model's answer: its text, why it ended ("stop", "length", "content_filter"), and tokens paid for it."""
-
-    text: str
-    finish: str = "stop"
-    tokens: int = 0
-
-
 class Journal:
-    """The answers in a file; see the module's text. One process at a time has it open, others wait.
+    """The answers in a file, or nowhere if it is None. One process at a time has it open, others wait.
 
-    Args:
-        path: the file; without one nothing is kept.
-
-    Raises:
-        StoppedError: nothing can be written there.
+    Opening and `add` raise StoppedError where nothing can be written.
     """
 
     def __init__(self, path: Path | None):
-        self._path, self._handle, self._known = path, -1, dict[Key, Reply]()
+        self._path, self._known = path, dict[Key, Reply]()
         if path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
                 self._read()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
 
     def find(self, key: Key) -> Reply | None:
         """The answer of an earlier run or of this one."""
         return self._known.get(key)
 
     def add(self, key: Key, reply: Reply) -> None:
-        """Keep an answer; it is on disk when this returns. Raises StoppedError where nothing can be written."""
+        """Keep an answer; it is on disk when this returns."""
         self._known[key] = reply
         if self._path is not None:
             line = (json.dumps({"key": key, **asdict(reply)}) + "\n").encode()
             with writing(self._path):
                 while line:  # a disk that is nearly full takes a part
-                    line = line[os.write(self._handle, line) :]
-                os.fsync(self._handle)
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let others have the file."""
+        if self._path is not None:
+            self._file.close()
 
     def _read(self) -> None:
         with contextlib.suppress(ImportError):  # Windows has no such lock
             import fcntl
 
-            fcntl.flock(self._handle, fcntl.LOCK_EX)
-        with open(self._handle, "rb", closefd=False) as file:
-            data = file.read()
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file.seek(0)
+        data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:  # a power cut, or a full disk: the rest of a line
-            os.ftruncate(self._handle, len(whole))
+        self._file.truncate(len(whole))  # after a power cut, or on a full disk, a line may be half
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)

@@ -6,6 +6,7 @@ killed ends at its next message, and a child that says nothing for too long is k
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from cinema.curation.store import StoppedError
+from cinema.errors import UserError
 
 TRIES = 2  # a crash may have been another's fault: memory taken away, a disk that was gone
 START_S = 600.0  # seconds that a child may need to import what it needs
@@ -39,6 +41,22 @@ class _Child:
         self.process.start()
         theirs.close()
         self.deadline = time.monotonic() + START_S
+
+    def hear(self, limit_s: float, answer: Callable[[int, str, Any], Any]) -> tuple[str, Any]:
+        """One message: ("done", result), ("died", why if known), or ("", None) for one that was answered."""
+        if not self.line.poll():
+            return "died", f"its process showed no progress for {limit_s:g} s"
+        try:
+            kind, value = self.line.recv()
+            if kind == "stopped":
+                raise StoppedError(value)
+            if kind in ("done", "died"):
+                return kind, value
+            self.line.send(kind == "started" or answer(self.number, kind, value))
+        except (EOFError, OSError):
+            return "died", ""
+        self.deadline = time.monotonic() + limit_s
+        return "", None
 
     def end(self, grace_s: float = 0.0) -> str:
         """Kill it if it does not end by itself in `grace_s` seconds, and say how it ended."""
@@ -66,8 +84,7 @@ def run_jobs(
     """Yield (number of the job, what `function` returned or Died) in the order in which jobs end.
 
     Args:
-        function: called in the child as `function(job, ask)`; as a job, it must be picklable.
-        jobs: one child each.
+        function: called in a child of its own for each job, as `function(job, ask)`; both must be picklable.
         workers: children at a time.
         limit_s: seconds that a child may say nothing before it is killed.
         answer: called here for every message, as (number of the job, kind, value); the child gets what it returns.
@@ -87,9 +104,11 @@ def run_jobs(
                 number, tries = waiting.popleft()
                 child = _Child(context, function, jobs[number], number, tries)
                 running[child.line] = child
-            for child in _ready(running):
-                kind, value = _heard(child, limit_s, answer)
-                if kind in ("done", "died"):
+            patience = min(c.deadline for c in running.values()) - time.monotonic()
+            ready = wait(list(running), max(0.0, patience))
+            for child in [c for c in running.values() if c.line in ready or c.deadline <= time.monotonic()]:
+                kind, value = child.hear(limit_s, answer)
+                if kind:
                     del running[child.line]
                     how = child.end(0.0 if value else 1.0)
                     if kind == "died" and child.tries < TRIES:
@@ -99,33 +118,6 @@ def run_jobs(
     finally:
         for child in running.values():
             child.end()
-
-
-def _ready(running: dict[Connection, _Child]) -> list[_Child]:
-    """Children that have something to say, are dead, or have been silent for too long."""
-    now = time.monotonic()
-    lines = wait(list(running), max(0.0, min(c.deadline for c in running.values()) - now))
-    return [c for line, c in running.items() if line in lines or c.deadline <= time.monotonic()]
-
-
-def _heard(child: _Child, limit_s: float, answer: Callable[[int, str, Any], Any]) -> tuple[str, Any]:
-    """One message of a child: ("done", result), ("died", why if known), or ("", None) for one that was answered."""
-    if not child.line.poll():
-        return "died", f"its process showed no progress for {limit_s:g} s"
-    try:
-        kind, value = child.line.recv()
-    except (EOFError, OSError):
-        return "died", ""
-    if kind == "stopped":
-        raise StoppedError(value)
-    if kind in ("done", "died"):
-        return kind, value
-    try:
-        child.line.send(kind == "started" or answer(child.number, kind, value))
-    except OSError:
-        return "died", ""
-    child.deadline = time.monotonic() + limit_s
-    return "", None
 
 
 def _main(line: Connection, function: Callable[[Any, Ask], Any], job: Any) -> None:
@@ -149,3 +141,39 @@ def _main(line: Connection, function: Callable[[Any, Ask], Any], job: Any) -> No
     except Exception as error:
         kind, value = "died", f"{type(error).__name__}: {error}"
     line.send((kind, value))
+
+
+def run_on_ray(
+    function: Callable[[Any, Ask], Any], jobs: Sequence[Any], *, limit_s: float = 900.0, **_: Any
+) -> Iterator[tuple[int, Any]]:
+    """As `run_jobs`, spread over a Ray cluster, one core per job; its other settings mean nothing here.
+
+    Every machine of the cluster must reach the films and the folder of results: a shared disk, or an address such as
+    ``s3://bucket/films``. A job still runs in a child process of its worker.
+
+    Raises:
+        UserError: ray is not installed.
+        StoppedError: a job raised it.
+    """
+    try:
+        import ray.data
+    except ImportError:
+        raise UserError("ray is not installed; run `pip install 'cinema[ray]'`, or leave --ray away") from None
+    rows = [{"number": number, "job": pickle.dumps((function, job, limit_s))} for number, job in enumerate(jobs)]
+    if not rows:
+        return
+    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_attend, num_cpus=1).iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, StoppedError):
+            raise result
+        yield row["number"], result
+
+
+def _attend(row: dict[str, Any]) -> dict[str, Any]:
+    """Do one job in a child of a Ray worker."""
+    function, job, limit_s = pickle.loads(row["job"])
+    try:
+        _, result = next(iter(run_jobs(function, [job], limit_s=limit_s)))
+    except StoppedError as error:
+        result = error
+    return {"number": row["number"], "result": pickle.dumps(result)}

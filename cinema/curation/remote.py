@@ -1,12 +1,13 @@
 """Films and results at addresses such as ``s3://bucket/films``, through fsspec: copied here to be read, and sent when
 they are done.
 
-What is sent to an address is kept in a folder here as well, so a run that was killed goes on from there.
+What is sent is kept in a folder here as well, so a run that was killed goes on from there. Everything here raises
+StoppedError where a place cannot be reached.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,11 +27,7 @@ def is_remote(address: str) -> bool:
 
 
 def list_films(address: str, endings: frozenset[str]) -> list[str]:
-    """The film at an address, or the films below it by their endings, sorted.
-
-    Raises:
-        StoppedError: the place cannot be reached.
-    """
+    """The film at an address, or the films below it by their endings, sorted."""
     with _reaching(address):
         fs, path = fsspec.url_to_fs(address)
         if not fs.isdir(path):
@@ -40,11 +37,7 @@ def list_films(address: str, endings: frozenset[str]) -> list[str]:
 
 
 def mirror(address: str) -> Path:
-    """The folder of this machine that mirrors an address; what is there and not here is fetched, videos excepted.
-
-    Raises:
-        StoppedError: the place cannot be reached.
-    """
+    """The folder of this machine that mirrors an address; what is there and not here is fetched, videos excepted."""
     folder = _cache(address)
     with _reaching(address):
         fs, root = fsspec.url_to_fs(address)
@@ -58,11 +51,7 @@ def mirror(address: str) -> Path:
 
 
 def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda path: True) -> None:
-    """Send files of a mirror that are not at the address yet, done-files last; hidden files stay here.
-
-    Raises:
-        StoppedError: the place cannot be reached.
-    """
+    """Send files of a mirror that are not at the address yet, done-files last; hidden files stay here."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and wanted(p)]
     with _reaching(address):
         fs, root = fsspec.url_to_fs(address)
@@ -74,21 +63,16 @@ def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda pat
 
 
 @contextmanager
-def fetched(source: str, film: Path, besides: Sequence[str] = (".json",)) -> Iterator[None]:
-    """Copy the film at `source`, and files of its stem with these endings, to `film` for the length of a block.
-
-    Raises:
-        UserError: there is no such film.
-        StoppedError: the place cannot be reached.
-    """
+def fetched(source: str, film: Path) -> Iterator[None]:
+    """Copy the film at `source`, and its sidecar, to `film` for the length of a block; UserError if there is none."""
     with _reaching(source):
         fs, path = fsspec.url_to_fs(source)
         missing = not fs.exists(path)
     if missing:
         raise UserError(f"{source}: there is no such film; correct the address")
     with _reaching(source):
-        copies = {PurePosixPath(path): film}
-        copies |= {PurePosixPath(path).with_suffix(end): film.with_suffix(end) for end in besides}
+        there = PurePosixPath(path)
+        copies = {there: film, there.with_suffix(".json"): film.with_suffix(".json")}
         for there, here in copies.items():
             if here == film or fs.exists(str(there)):
                 with atomic(here) as part:
@@ -101,7 +85,7 @@ def fetched(source: str, film: Path, besides: Sequence[str] = (".json",)) -> Ite
 
 
 def opened(source: str) -> Any:
-    """The file at an address, to be read in parts; StoppedError if it cannot be reached."""
+    """The file at an address, to be read in parts."""
     with _reaching(source):
         return fsspec.open(source, "rb").open()
 

@@ -5,11 +5,10 @@ from elsewhere.
 """
 
 import base64
-import functools
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,12 +50,10 @@ def write_report(out: Path | str, workers: int = 1) -> Path:
     done = {path.name.removesuffix(".done.json"): read_done(path) for path in sorted(folder.glob("*.done.json"))}
     if not done:
         raise UserError(f"{out}: nothing was curated into this folder; name one that `cinema curate` wrote")
-    stems, found = [stem for stem in done if (folder / f"{stem}.parquet").is_file()], dict[str, _Summary]()
-    for number, summary in run_jobs(_write_film_page, [(folder, stem) for stem in stems], workers=workers):
-        if not isinstance(summary, Died):
-            found[stems[number]] = summary
+    jobs = [(folder, stem) for stem in done if (folder / f"{stem}.parquet").is_file()]
+    seen = {jobs[i][1]: s for i, s in run_jobs(_write_film_page, jobs, workers=workers) if not isinstance(s, Died)}
     page = folder / "report" / "index.html"
-    write_text(page, _page("index.html", **_index(done, found)))
+    _write_page(page, "index.html", **_index(done, seen))
     if folder != Path(out):
         send(folder, str(out), lambda path: path.parent.name == "report")
     return page
@@ -64,14 +61,11 @@ def write_report(out: Path | str, workers: int = 1) -> Path:
 
 def write_card(out: Path) -> None:
     """Write `out`/README.md, the data card: what was made of what, how, and what is unknown."""
-    done = [read_done(path) for path in sorted(out.glob("*.done.json"))]
-    done = [one for one in done if one]
-    if done:
-        totals = _totals(done)
+    if done := [one for path in sorted(out.glob("*.done.json")) if (one := read_done(path))]:
         films = "\n".join(f"| {_cell(d['film'])} | {d['status']} | {_cell(d['reason'])} |" for d in done)
         config = "\n".join(f"- {_cell(key)}: {_cell(value)}" for key, value in _flat(done[0]["config"]))
         versions = ", ".join(f"{name} {number}" for name, number in done[0]["versions"].items())
-        write_text(out / "README.md", CARD.format(**totals, films=films, config=config, versions=versions))
+        write_text(out / "README.md", CARD.format(**_totals(done), films=films, config=config, versions=versions))
 
 
 CARD = """\
@@ -114,38 +108,36 @@ def _write_film_page(job: tuple[Path, str], ask: Ask) -> _Summary:
     """Write the page of one film, in a child."""
     out, stem = job
     film, done = read_film(out / f"{stem}.parquet"), read_done(out / f"{stem}.done.json")
-    pictures = [_thumb(shot.image) if shot.image else "" for shot in film.shots]
-    lengths = Counter(sum(shot.end_s - shot.start_s >= bound for bound in BOUNDS) for shot in film.shots)
+    lasts = [shot.end_s - shot.start_s for shot in film.shots]
+    lengths = Counter(sum(seconds >= bound for bound in BOUNDS) for seconds in lasts)
     reasons = Counter(_kind(shot.reason) for shot in film.shots if not shot.kept)
+    rows = [_row(shot) for shot in film.shots]
     page = {"title": film.film, "name": film.film, "status": done["status"], "reason": done["reason"]}
-    middle = median(shot.end_s - shot.start_s for shot in film.shots)
-    figures = [*_figures(_totals([done])), (f"{middle:.1f} s", "median shot")]
-    rows = [_row(shot, picture) for shot, picture in zip(film.shots, pictures, strict=True)]
-    charts = {"lengths": _length_bars(lengths), "rejections": _bars(reasons.most_common()), "names": _names(film)}
-    write_text(out / "report" / f"{stem}.html", _page("film.html", **page, figures_=figures[1:], rows=rows, **charts))
-    seen = [picture for shot, picture in zip(film.shots, pictures, strict=True) if picture and shot.kept]
+    page |= {"figures_": [*_figures(_totals([done]))[1:], (f"{median(lasts):.1f} s", "median shot")]}
+    page |= {"rows": rows, "names": _names(film), **_charts(lengths, reasons)}
+    _write_page(out / "report" / f"{stem}.html", "film.html", **page)
+    seen = [row["picture"] for row in rows if row["picture"] and row["kept"]]
     return _Summary(lengths, reasons, seen[:: max(1, len(seen) // STRIP)][:STRIP])
 
 
-def _index(done: dict[str, dict[str, Any]], found: dict[str, _Summary]) -> dict[str, Any]:
+def _index(done: dict[str, dict[str, Any]], seen: dict[str, _Summary]) -> dict[str, Any]:
     """What the first page shows."""
     films = []
     for stem, d in done.items():
-        counts = d.get("counts", {})
-        film = {"name": d["film"], "status": d["status"], "reason": d["reason"]}
-        film |= {
-            "length": _clock(d.get("lasts_s", 0.0)),
-            "shots": counts.get("shots", 0),
-            "kept": counts.get("kept", 0),
-        }
-        page, strip = (quote(f"{stem}.html"), found[stem].strip) if stem in found else ("", [])
-        films.append(film | {"page": page, "strip": strip})
-    lengths = sum((s.lengths for s in found.values()), Counter[int]())
-    reasons = sum((s.reasons for s in found.values()), Counter[str]())
+        film = {"name": d["film"], "status": d["status"], "reason": d["reason"], "shots": 0, "kept": 0}
+        film |= d.get("counts", {}) | {"length": _clock(d.get("lasts_s", 0.0))}
+        page = {"page": quote(f"{stem}.html"), "strip": seen[stem].strip} if stem in seen else {"page": "", "strip": []}
+        films.append(film | page)
+    lengths = sum((s.lengths for s in seen.values()), Counter[int]())
+    reasons = sum((s.reasons for s in seen.values()), Counter[str]())
     settings = " · ".join(f"{key} {value}" for key, value in _flat(next(iter(done.values()))["config"]))
-    charts = {"lengths": _length_bars(lengths), "rejections": _bars(reasons.most_common())}
-    totals = _totals(list(done.values()))
-    return {"title": "Curated films", "settings": settings, "figures_": _figures(totals), "films": films, **charts}
+    index: dict[str, Any] = {
+        "title": "Curated films",
+        "settings": settings,
+        "films": films,
+        **_charts(lengths, reasons),
+    }
+    return index | {"figures_": _figures(_totals(list(done.values())))}
 
 
 def _totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -161,17 +153,11 @@ def _figures(totals: dict[str, Any]) -> list[tuple[str, str]]:
     return [figures[0], (_clock(totals["hours"] * 3600), "of film"), *figures[1:]]
 
 
-def _row(shot: CuratedShot, picture: str) -> dict[str, Any]:
+def _row(shot: CuratedShot) -> dict[str, Any]:
     caption = [(text, bool(TAG.fullmatch(text))) for text in re.split(f"({TAG.pattern})", shot.caption) if text]
-    times = {"at": _clock(shot.start_s), "lasts": f"{shot.end_s - shot.start_s:.2f}"}
-    return {
-        "number": shot.shot,
-        "picture": picture,
-        "kept": shot.kept,
-        "reason": shot.reason,
-        "caption": caption,
-        **times,
-    }
+    row = {"number": shot.shot, "at": _clock(shot.start_s), "lasts": f"{shot.end_s - shot.start_s:.2f}"}
+    row |= {"picture": _thumb(shot.image) if shot.image else "", "caption": caption}
+    return row | {"kept": shot.kept, "reason": shot.reason}
 
 
 def _names(film: CuratedFilm) -> list[tuple[str, str, int, list[tuple[float, float]]]]:
@@ -186,19 +172,14 @@ def _names(film: CuratedFilm) -> list[tuple[str, str, int, list[tuple[float, flo
     return rows
 
 
-def _length_bars(lengths: Counter[int]) -> list[tuple[str, int, float]]:
-    edges = [f"{bound:g}" for bound in BOUNDS]
-    names = [
-        f"under {edges[0]} s",
-        *(f"{a} to {b} s" for a, b in pairwise(edges)),
-        f"over {edges[-1]} s",
-    ]
-    return _bars([(name, lengths[i]) for i, name in enumerate(names)])
+def _charts(lengths: Counter[int], reasons: Counter[str]) -> dict[str, list[tuple[str, int, float]]]:
+    names = [f"under {BOUNDS[0]:g} s", *(f"{a:g} to {b:g} s" for a, b in pairwise(BOUNDS)), f"over {BOUNDS[-1]:g} s"]
+    bars = _bars([(name, lengths[i]) for i, name in enumerate(names)])
+    return {"lengths": bars, "rejections": _bars(reasons.most_common())}
 
 
-def _bars(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int, float]]:
+def _bars(counts: Sequence[tuple[str, int]]) -> list[tuple[str, int, float]]:
     """(name, count, percent of the longest bar)."""
-    counts = list(counts)
     most = max((count for _, count in counts), default=0) or 1
     return [(name, count, round(100 * count / most, 1)) for name, count in counts]
 
@@ -236,11 +217,7 @@ def _cell(value: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", " ".join(str(value).split()))
 
 
-@functools.cache
-def _templates() -> jinja2.Environment:
+def _write_page(path: Path, template: str, **content: Any) -> None:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "pages")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-
-
-def _page(template: str, **content: Any) -> str:
-    return _templates().get_template(template).render(**content)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    write_text(path, pages.get_template(template).render(**content))

@@ -2,12 +2,11 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from cinema.config import preset
 from cinema.curation.annotate import FAULTS, Annotator, Desk
 from cinema.curation.clips import FOLDER as CLIPS
 from cinema.curation.clips import write_clips
-from cinema.curation.cluster import run_on_ray
 from cinema.curation.film import Film, probe
-from cinema.curation.pool import Ask, Died, run_jobs
+from cinema.curation.pool import Ask, Died, run_jobs, run_on_ray
 from cinema.curation.remote import fetched, incoming, is_remote, mirror, opened, send
 from cinema.curation.report import write_card
 from cinema.curation.scan import Scan, scan_film
@@ -26,22 +24,21 @@ from cinema.curation.search import lengths
 from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT
 from cinema.curation.store import (
     STORE_VERSION,
+    UNREADABLE,
     CuratedFilm,
     CuratedShot,
     StoppedError,
-    drop_scan,
-    fingerprint,
     read_done,
-    read_scan,
+    read_rows,
     write_done,
     write_film,
-    write_scan,
+    write_rows,
 )
 from cinema.errors import UserError
 
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
-LIMIT_S = 900.0
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,14 @@ class _Job:
 
     film: Path
     out: Path
-    settings: dict[str, Any]
-    options: dict[str, Any]  # of `curate_film`, which makes the settings of them
+    options: dict[str, Any]  # of `curate_film`
     source: str  # address to fetch the film from, or empty
     address: str  # address to send results to, or empty
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The part of a done-file that says what was asked, and of whom."""
+        return _about(self.film, self.source, **self.options)
 
 
 def curate(
@@ -95,7 +96,7 @@ def curate(
     detector: str = DETECTOR,
     video: bool = False,
     workers: int = 1,
-    limit_s: float = LIMIT_S,
+    limit_s: float = 900.0,
     max_requests: int | None = None,
     max_tokens: int | None = None,
     ray: bool = False,
@@ -107,8 +108,7 @@ def curate(
     failed, and not tried again until it changes or its done-file is deleted.
 
     Args:
-        films: film files, each with a name of its own, here or at addresses such as "s3://bucket/a.mp4";
-            `search.find_films` finds them in folders.
+        films: files, each with a name of its own, here or at addresses; `search.find_films` finds them in folders.
         out: folder for `<film stem>.parquet` and `<film stem>.done.json`, here or at an address.
         annotator: writes the captions.
         height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
@@ -125,38 +125,23 @@ def curate(
         UserError: no film, two of one name, a wrong setting, or `out` was made with other settings.
         StoppedError: the run cannot go on: nothing can be written, or the annotator's server is not there.
     """
-    address = str(out) if is_remote(str(out)) else ""
-    sources = {incoming(str(f)) if is_remote(str(f)) else Path(f): str(f) for f in films}
     if ray and (max_requests is not None or max_tokens is not None):
         raise UserError("a spending limit cannot be kept on a Ray cluster; leave away --ray or the limit")
-    settings, out = _settings(annotator, height, detector, video), mirror(address) if address else Path(out)
-    _check(list(sources), out, settings)
-    before = {film: _finished(film, out, _about(film, settings, source)) for film, source in sources.items()}
-    todo = [film for film, report in before.items() if not report]
-    options = {"annotator": annotator, "height": height, "detector": detector, "video": video}
-    jobs = [_Job(film, out, settings, options, sources[film], address) for film in todo]
-    tally = _Tally(todo, lengths(todo), on_progress, _Purse(max_requests, max_tokens))
-    how: dict[str, Any] = {"workers": workers, "answer": tally.answer, "go_on": lambda: not tally.purse.empty}
-    after = _work(jobs, tally, (run_on_ray if ray else run_jobs)(_curate, jobs, limit_s=limit_s, **how))
-    write_card(out)
+    options: dict[str, Any] = {"annotator": annotator, "height": height, "detector": detector, "video": video}
+    settings, address = _settings(**options), str(out) if is_remote(str(out)) else ""
+    folder = mirror(address) if address else Path(out)
+    sources = {incoming(str(f)) if is_remote(str(f)) else Path(f): str(f) for f in films}
+    _check(list(sources), folder, settings)
+    jobs = [_Job(f, folder, options, s if is_remote(s) else "", address) for f, s in sources.items()]
+    reports = {job.film: report for job in jobs if (report := _finished(job.film, folder, job.about))}
+    jobs = [job for job in jobs if job.film not in reports]
+    tally = _Tally([job.film for job in jobs], max_requests, max_tokens, on_progress)
+    reports |= tally.follow(jobs, run_on_ray if ray else run_jobs, workers=workers, limit_s=limit_s)
+    write_card(folder)
     if address:
-        send(out, address)
-    reports = [before[film] or after[film] for film in sources]
-    told = [replace(r, film=s) if is_remote(s) else r for r, s in zip(reports, sources.values(), strict=True)]
-    return CurationReport(told, tally.purse.empty, tally.purse.requests, tally.purse.tokens)
-
-
-def _work(jobs: list[_Job], tally: "_Tally", running: Any) -> dict[Path, FilmReport]:
-    """Have all jobs done; a film that was not begun waits."""
-    not_begun = "not begun: the spending limit was reached before"
-    reports = {job.film: FilmReport(job.film, "waiting", reason=not_begun) for job in jobs}
-    with contextlib.closing(running):
-        for number, result in running:
-            job = jobs[number]
-            report = _failed(job, result.reason, quarantined=True) if isinstance(result, Died) else result
-            reports[job.film] = report
-            tally.tell(number, 1.0, report.reason or report.status)
-    return reports
+        send(folder, address)
+    told = [replace(reports[film], film=s) if is_remote(s) else reports[film] for film, s in sources.items()]
+    return CurationReport(told, tally.out_of_money, tally.requests, tally.tokens)
 
 
 def curate_film(
@@ -174,35 +159,37 @@ def curate_film(
 
     `on_progress` is told the share done, 0 to 1, and what is happening; `desk` says whether captions may be paid for.
     """
-    settings, tell = _settings(annotator, height, detector, video), on_progress or (lambda share, message: None)
-    parquet, done_file = out / f"{film.stem}.parquet", out / f"{film.stem}.done.json"
+    tell = on_progress or (lambda share, message: None)
+    about = _about(film, annotator=annotator, height=height, detector=detector, video=video)
+    looked = out / f".{film.stem}.scan.parquet"  # what the film shows, while its captions are not done
     half = re.compile(rf"\.\.?{re.escape(film.stem)}(\.done|\.scan)?\.part\d+\.\w+")
     for stale in (*out.glob(".*.part*"), *(out / CLIPS).glob(".*.part*")):  # of a run that was killed while writing
         if half.fullmatch(stale.name):
             stale.unlink(missing_ok=True)
-    about = _about(film, settings)
     if report := _finished(film, out, about):
-        drop_scan(out, film.stem)
+        looked.unlink(missing_ok=True)
         return report
     facts = probe(film)
     cast = annotator.cast(film)  # before the work: it may say that there is none
-    if (scan := read_scan(out, film.stem, about, Scan)) is None:
+    if (scan := _read_scan(looked, about)) is None:
         looks = 0.5 if video else 0.9  # share of the work
-        scan = scan_film(facts, settings["height"], detector, lambda share, message: tell(looks * share, message))
+        height = about["config"]["height"]
+        scan = scan_film(facts, height, detector, lambda share, message: tell(looks * share, message))
         if video:
             write_clips(facts, scan.rows, out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
         if annotator.costly:
-            write_scan(out, film.stem, about, scan)
+            write_rows(looked, scan.rows, about | {"scan": vars(scan) | {"rows": None}})
     rows, asked = list(scan.rows), [row for row in scan.rows if row.kept]
     desk = replace(desk or Desk(), tell=lambda share: tell(0.9 + 0.1 * share, "captions"))
     captions = annotator.caption(film, asked, replace(desk, journal=out / f"{film.stem}.captions.jsonl"))
     for row, c in zip(asked, captions, strict=True):
         rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
-    write_film(parquet, CuratedFilm(shown(film.name), cast, rows))
-    done = about | _verdict(facts, scan, rows, pending=sum(c.retry for c in captions))
-    write_done(done_file, done)
-    if not done["counts"]["pending"]:
-        drop_scan(out, film.stem)
+    write_film(out / f"{film.stem}.parquet", CuratedFilm(shown(film.name), cast, rows))
+    pending = sum(c.retry for c in captions)
+    done = about | _verdict(facts, scan, rows, pending)
+    write_done(out / f"{film.stem}.done.json", done)
+    if not pending:
+        looked.unlink(missing_ok=True)
     return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
 
 
@@ -223,7 +210,7 @@ def _curate(job: _Job, ask: Ask) -> FilmReport:
 
     try:
         desk = Desk(may_ask=lambda: ask("request", 1), spent=lambda tokens: ask("tokens", tokens))
-        with fetched(job.source, job.film) if is_remote(job.source) else contextlib.nullcontext():
+        with fetched(job.source, job.film) if job.source else contextlib.nullcontext():
             report = curate_film(job.film, job.out, **job.options, on_progress=tell, desk=desk)
     except StoppedError:
         raise
@@ -235,43 +222,45 @@ def _curate(job: _Job, ask: Ask) -> FilmReport:
     return report
 
 
-@dataclass
-class _Purse:
-    """What a run may spend on captions; no limit if None."""
-
-    max_requests: int | None
-    max_tokens: int | None
-    requests: int = 0
-    tokens: int = 0
-    empty: bool = False  # something was refused
-
-    def may_ask(self) -> bool:
-        """Pay for one more request, if there is enough."""
-        self.empty |= self.max_requests is not None and self.requests >= self.max_requests
-        self.empty |= self.max_tokens is not None and self.tokens >= self.max_tokens
-        self.requests += not self.empty
-        return not self.empty
-
-
-@dataclass
 class _Tally:
-    """How far all films are, and how fast it goes."""
+    """How far all films are, how fast it goes, and what captions cost; no limit if that is None."""
 
-    films: list[Path]
-    sizes: list[tuple[int, float]]  # frames and seconds of every film
-    on_progress: Callable[[int, int, str], None] | None
-    purse: "_Purse"
-    shares: dict[int, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
+    def __init__(
+        self,
+        films: list[Path],
+        max_requests: int | None,
+        max_tokens: int | None,
+        on_progress: Callable[[int, int, str], None] | None,
+    ):
+        self.films, self.max_requests, self.max_tokens, self.on_progress = films, max_requests, max_tokens, on_progress
+        self.requests, self.tokens, self.out_of_money = 0, 0, False
+        self.sizes = [found or (1, 0.0) for found in lengths(films)]  # frames and seconds
+        self.shares, self.began = dict[int, float](), time.monotonic()
 
-    def answer(self, number: int, kind: str, value: Any) -> Any:
-        """Hear what a child has to say."""
+    def follow(self, jobs: list[_Job], run: Callable[..., Any], **how: Any) -> dict[Path, FilmReport]:
+        """Have all jobs done; a film that was not begun waits."""
+        not_begun = "not begun: the spending limit was reached before"
+        reports = {job.film: FilmReport(job.film, "waiting", reason=not_begun) for job in jobs}
+        running = run(_curate, jobs, answer=self.answer, go_on=lambda: not self.out_of_money, **how)
+        with contextlib.closing(running):
+            for number, result in running:
+                job = jobs[number]
+                report = _failed(job, result.reason, quarantined=True) if isinstance(result, Died) else result
+                reports[job.film] = report
+                self.tell(number, 1.0, report.reason or report.status)
+        return reports
+
+    def answer(self, number: int, kind: str, value: Any) -> bool:
+        """Hear what a child has to say: its progress, tokens paid, or whether it may send a request."""
         if kind == "progress":
             self.tell(number, *value)
-        elif kind == "request":
-            return self.purse.may_ask()
         elif kind == "tokens":
-            self.purse.tokens += value
+            self.tokens += value
+        elif kind == "request":
+            self.out_of_money |= self.max_requests is not None and self.requests >= self.max_requests
+            self.out_of_money |= self.max_tokens is not None and self.tokens >= self.max_tokens
+            self.requests += not self.out_of_money
+            return not self.out_of_money
         return True
 
     def tell(self, number: int, share: float, message: str) -> None:
@@ -279,19 +268,25 @@ class _Tally:
         self.shares[number] = max(share, self.shares.get(number, 0.0))
         if self.on_progress:
             done = sum(int(share * self.sizes[i][0]) for i, share in self.shares.items())
-            text = f"{shown(self.films[number].name)}: {message} · {self.speed():.1f} film-hours an hour"
+            seconds = sum(share * self.sizes[i][1] for i, share in self.shares.items())
+            speed = seconds / max(1e-3, time.monotonic() - self.began)
+            text = f"{shown(self.films[number].name)}: {message} · {speed:.1f} film-hours an hour"
             self.on_progress(done, sum(frames for frames, _ in self.sizes), text)
 
-    def speed(self) -> float:
-        """Film-hours an hour in this run."""
-        seconds = sum(share * self.sizes[i][1] for i, share in self.shares.items())
-        return seconds / max(1e-3, time.monotonic() - self.began)
+
+def _read_scan(path: Path, about: dict[str, Any]) -> Scan | None:
+    """What an earlier run found in the same film with the same settings."""
+    try:
+        rows, kept = read_rows(path)
+        return Scan(**kept["scan"] | {"rows": rows}) if kept.items() >= about.items() else None
+    except UNREADABLE:
+        return None
 
 
 def _finished(film: Path, out: Path, about: dict[str, Any]) -> FilmReport | None:
     """What an earlier run left of a film, if there is nothing more to do."""
     done = read_done(out / f"{film.stem}.done.json")
-    if any(done.get(key) != about[key] for key in ("config_hash", "fingerprint")):
+    if any(done.get(key) != about[key] for key in ("config", "fingerprint")):
         return None
     if done["status"] == "failed":
         same = done.get("quarantined") and done["versions"] == about["versions"]
@@ -313,25 +308,32 @@ def _verdict(film: Film, scan: Scan, rows: list[CuratedShot], pending: int) -> d
         reasons.append(f"{pending} captions are missing because of the server or the spending limit")
     counts = {"frames": scan.frames, "damaged_frames": scan.damaged, "errors": scan.errors, "pending": pending}
     counts |= {fault.lower(): sum(row.reason.startswith(f"{fault}: ") for row in rows) for fault in FAULTS}
-    return {
-        "status": "partial" if reasons else "ok",
-        "reason": "; ".join(reasons),
-        "counts": counts | {"shots": len(rows), "kept": sum(row.kept for row in rows)},
-        "last_pts_s": scan.last_pts_s,
-        "lasts_s": scan.lasts_s,
-        "duration_s": film.duration_s,
-    }
+    counts |= {"shots": len(rows), "kept": sum(row.kept for row in rows)}
+    times = {"last_pts_s": scan.last_pts_s, "lasts_s": scan.lasts_s, "duration_s": film.duration_s}
+    return {"status": "partial" if reasons else "ok", "reason": "; ".join(reasons), "counts": counts, **times}
 
 
-def _about(film: Path, settings: dict[str, Any], source: str = "") -> dict[str, Any]:
-    """The part of a done-file that says what was asked, and of whom."""
+def _about(film: Path, source: str = "", *, annotator: Annotator, **options: Any) -> dict[str, Any]:
+    """The part of a done-file that says what was asked, and of whom; `source` is where the film is, if not here."""
+    names, config = [source or str(film)], _settings(annotator, **options)
+    if annotator.sidecar:
+        names.append(os.path.splitext(names[0])[0] + annotator.sidecar)
     versions = {name: version(name) for name in PACKAGES}
-    about = {"film": shown(film.name), "config_hash": _hash(settings), "config": settings, "versions": versions}
+    digest = "".join(map(_fingerprint, names))
+    return {"film": shown(film.name), "config": config, "versions": versions, "fingerprint": digest}
+
+
+def _fingerprint(name: str) -> str:
+    """A cheap digest of a file: its size, its first and its last MiB; empty if it cannot be read."""
     try:
-        with opened(source) if is_remote(source) else open(film, "rb") as file:
-            return about | {"fingerprint": fingerprint(file)}
+        with opened(name) if is_remote(name) else open(name, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            head = file.read(MIB)
+            file.seek(max(0, size - MIB))
+            return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()[:32]
     except (OSError, UserError):  # missing, or not to be read: whoever opens it next will say so
-        return about | {"fingerprint": ""}
+        return ""
 
 
 def _failed(job: _Job, reason: str, quarantined: bool = False) -> FilmReport:
@@ -339,8 +341,7 @@ def _failed(job: _Job, reason: str, quarantined: bool = False) -> FilmReport:
     if quarantined:
         reason += f"; delete {shown(done_file.name)} to have it tried again"
     if read_done(done_file).get("status", "failed") == "failed":  # else an earlier run saved something: leave it
-        verdict = {"status": "failed", "reason": reason, "quarantined": quarantined}
-        write_done(done_file, _about(job.film, job.settings, job.source) | verdict)
+        write_done(done_file, job.about | {"status": "failed", "reason": reason, "quarantined": quarantined})
     return FilmReport(job.film, "failed", reason=reason)
 
 
@@ -354,10 +355,6 @@ def _settings(annotator: Annotator, height: int | None, detector: str, video: bo
     return {"store_version": STORE_VERSION, "height": height, **cuts, "annotator": dict(annotator.identity)}
 
 
-def _hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
     if not films:
         raise UserError("there is no film to curate; name at least one file")
@@ -367,6 +364,5 @@ def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{other} and {film} would both become {film.stem}.parquet; rename one of them")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file, not a folder; choose another folder for the results")
-    for path in out.glob("*.done.json"):
-        if read_done(path).get("config_hash", _hash(settings)) != _hash(settings):
-            raise UserError(f"{out}: holds films curated with other settings; choose an empty folder or delete it")
+    if any(read_done(path).get("config", settings) != settings for path in out.glob("*.done.json")):
+        raise UserError(f"{out}: holds films curated with other settings; choose an empty folder or delete it")

@@ -18,7 +18,6 @@ _ENDINGS = "3gp asf avi divx dv f4v flv m2ts m2v m4v mkv mov mp4 mpeg mpg mts mx
 SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
 # What opens as a "film" and is none: text drawn as a terminal, raw pixels of no known size, pictures.
 NO_FILMS = frozenset(["adf", "apng", "bin", "gif", "idf", "image2", "rawvideo", "tty", "xbin"])
-CHUNK = 64  # files that one child looks at
 
 
 def find_films(paths: Sequence[Path | str], out: Path | str = "") -> list[Path | str]:
@@ -44,16 +43,11 @@ def find_films(paths: Sequence[Path | str], out: Path | str = "") -> list[Path |
     return list(dict.fromkeys(films))
 
 
-def lengths(films: Sequence[Path]) -> list[tuple[int, float]]:
-    """Frames to expect, at least 1, and seconds, of every film; (1, 0.0) if it cannot be opened."""
-    return [found or (1, 0.0) for found in _look(list(films))]
-
-
 def _films_in(folder: Path, out: Path | None) -> list[Path]:
     once = {path.resolve(): path for path in sorted(_files(folder, out), reverse=True)}  # of links to one, the first
     files = sorted(once.values())
     others = [path for path in files if path.suffix.lower() not in SUFFIXES]
-    no_films = {path for path, found in zip(others, _look(others, strict=True), strict=True) if found is None}
+    no_films = {path for path, found in zip(others, lengths(others, strict=True), strict=True) if found is None}
     return [path for path in files if path not in no_films]
 
 
@@ -69,23 +63,28 @@ def _files(folder: Path, out: Path | None) -> Iterator[Path]:
         yield from (path for name in names if not name.startswith(".") and (path := Path(place, name)).is_file())
 
 
-def _look(paths: list[Path], strict: bool = False) -> list[tuple[int, float] | None]:
-    """(frames, seconds) of every film, None for what is none; files that crash a child are none either."""
-    chunks = [(paths[i : i + CHUNK], strict) for i in range(0, len(paths), CHUNK)]
-    found: dict[int, list[tuple[int, float] | None]] = {}
-    for number, result in run_jobs(_look_here, chunks, limit_s=60.0):
-        files, _ = chunks[number]
-        if not isinstance(result, Died):
-            found[number] = result
-        elif len(files) == 1:
-            found[number] = [None]
+def lengths(films: Sequence[Path], strict: bool = False, chunk: int = 64) -> list[tuple[int, float] | None]:
+    """Frames to expect, at least 1, and seconds, of every film; None for what is none, or crashes a child.
+
+    `strict` tells films from what only opens as one; a child looks at `chunk` files.
+    """
+    chunks = [films[i : i + chunk] for i in range(0, len(films), chunk)]
+    found = dict(run_jobs(_look, [(files, strict) for files in chunks], limit_s=60.0))
+    facts: list[tuple[int, float] | None] = []
+    for number, files in enumerate(chunks):
+        if not isinstance(found[number], Died):
+            facts += found[number]
         else:  # one of them is to blame: each in a child of its own
-            found[number] = [one for file in files for one in _look([file], strict)]
-    return [one for number in range(len(chunks)) for one in found[number]]
+            facts += lengths(files, strict, chunk=1) if len(files) > 1 else [None]
+    return facts
 
 
-def _look_here(job: tuple[list[Path], bool], ask: Ask) -> list[tuple[int, float] | None]:
-    return [one for path in job[0] for one in (_facts(path, job[1]), ask("looked", None))[:1]]
+def _look(job: tuple[Sequence[Path], bool], ask: Ask) -> list[tuple[int, float] | None]:
+    facts, (files, strict) = list[tuple[int, float] | None](), job
+    for path in files:
+        facts.append(_facts(path, strict))
+        ask("looked", None)
+    return facts
 
 
 def _facts(path: Path, strict: bool) -> tuple[int, float] | None:

@@ -4,16 +4,14 @@ A Parquet file without its done-file is not finished. Both appear whole or not a
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
 
 from cinema.errors import UserError
 from cinema.files import atomic, write_json
@@ -21,7 +19,7 @@ from cinema.story import Character, Shot, Source, Story
 
 STORE_VERSION = 2
 ROW_GROUP = 32  # rows read together when a shot is fetched by number
-Scanned = TypeVar("Scanned")
+UNREADABLE = (pa.ArrowException, KeyError, TypeError, ValueError, OSError)
 LONGEST = 600.0  # seconds that a Story's shot may last
 
 
@@ -69,7 +67,11 @@ class CuratedShot:
 
 ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
 ARROW |= {list[str]: pa.list_(pa.string()), float | None: pa.float64(), bytes | None: pa.binary()}
-SCHEMA = pa.schema([(f.name, ARROW[f.type]) for f in fields(CuratedShot)])
+
+
+def schema_of(kind: Any) -> pa.Schema:
+    """The table that holds a dataclass per row."""
+    return pa.schema([(f.name, ARROW[f.type]) for f in fields(kind)])
 
 
 @dataclass(frozen=True)
@@ -83,43 +85,7 @@ class CuratedFilm:
 
 def write_film(path: Path, film: CuratedFilm) -> None:
     """Write a film's shots; the same shots give the same bytes. Raises StoppedError where nothing can be written."""
-    about = {"store_version": STORE_VERSION, "film": film.film, "cast": [c.model_dump() for c in film.cast]}
-    schema = SCHEMA.with_metadata({"cinema": json.dumps(about, ensure_ascii=False)})
-    table = pa.Table.from_pylist([asdict(shot) for shot in film.shots], schema=schema)
-    # Nothing is compressed: a JPEG is already, and the rest is small.
-    with writing(path), atomic(path) as part, open(part, "wb") as file:  # a name that is no UTF-8 is none to Arrow
-        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
-
-
-def write_scan(folder: Path, stem: str, about: dict[str, Any], scan: Any) -> None:
-    """Keep what looking at a film found, a dataclass with `rows`, in hidden files while its captions are not done."""
-    rows, facts = _scan_files(folder, stem)
-    write_film(rows, CuratedFilm("", [], scan.rows))
-    found = TypeAdapter(type(scan)).dump_python(replace(scan, rows=[]), mode="json")
-    write_done(facts, about | {"scan": found})
-
-
-def read_scan(folder: Path, stem: str, about: dict[str, Any], kind: type[Scanned]) -> Scanned | None:
-    """What `write_scan` kept, if it was made with the same `about`."""
-    rows, facts = _scan_files(folder, stem)
-    kept = read_done(facts)
-    if any(kept.get(key) != value for key, value in about.items()):
-        return None
-    try:
-        scan: Any = TypeAdapter(kind).validate_python(kept["scan"])
-        return replace(scan, rows=read_film(rows).shots)
-    except (UserError, ValidationError):
-        return None
-
-
-def drop_scan(folder: Path, stem: str) -> None:
-    """Delete what `write_scan` kept."""
-    for path in _scan_files(folder, stem):
-        path.unlink(missing_ok=True)
-
-
-def _scan_files(folder: Path, stem: str) -> tuple[Path, Path]:
-    return folder / f".{stem}.scan.parquet", folder / f".{stem}.scan.json"
+    write_rows(path, film.shots, {"film": film.film, "cast": [c.model_dump() for c in film.cast]})
 
 
 def read_film(path: Path) -> CuratedFilm:
@@ -129,15 +95,30 @@ def read_film(path: Path) -> CuratedFilm:
         UserError: the file is missing or is not one of curation's.
     """
     try:
-        with open(path, "rb") as file:
-            table = pq.read_table(file)
-        about = json.loads(table.schema.metadata[b"cinema"])
-        rows = [CuratedShot(**row) for row in table.select(SCHEMA.names).to_pylist()]
+        rows, about = read_rows(path)
         return CuratedFilm(about["film"], [Character(**c) for c in about["cast"]], rows)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; curate the film first") from None
-    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
+    except UNREADABLE:
         raise UserError(f"{path}: not a curated film, or damaged; curate the film again") from None
+
+
+def write_rows(path: Path, rows: list[CuratedShot], about: dict[str, Any]) -> None:
+    """As `write_film`, with anything of JSON to go with the rows."""
+    about = {"store_version": STORE_VERSION} | about
+    schema = schema_of(CuratedShot).with_metadata({"cinema": json.dumps(about, ensure_ascii=False)})
+    table = pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
+    # Nothing is compressed: a JPEG is already, and the rest is small.
+    with writing(path), atomic(path) as part, open(part, "wb") as file:  # a name that is no UTF-8 is none to Arrow
+        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+
+
+def read_rows(path: Path) -> tuple[list[CuratedShot], dict[str, Any]]:
+    """What `write_rows` wrote; raises one of UNREADABLE if that cannot be read."""
+    with open(path, "rb") as file:
+        table = pq.read_table(file)
+    rows = table.select(schema_of(CuratedShot).names).to_pylist()
+    return [CuratedShot(**row) for row in rows], json.loads(table.schema.metadata[b"cinema"])
 
 
 def story_of(path: Path) -> Story:
@@ -174,15 +155,6 @@ def write_done(path: Path, data: dict[str, Any]) -> None:
     """Write a done-file. Raises StoppedError where nothing can be written."""
     with writing(path):
         write_json(path, data)
-
-
-def fingerprint(film: BinaryIO) -> str:
-    """A cheap digest of an open file: its size, its first and its last MiB."""
-    size = film.seek(0, 2)
-    film.seek(0)
-    head = film.read(2**20)
-    film.seek(max(0, size - 2**20))
-    return hashlib.sha256(b"%d\n" % size + head + film.read()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
