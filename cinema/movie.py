@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from cinema.config import WEIGHTS, Preset
 from cinema.errors import UserError
 from cinema.files import atomic, sweep, write_json
-from cinema.keyframes import Keyframe, KeyframePlanner, part_loader, rename
+from cinema.keyframes import Keyframe, KeyframePlanner, check_weights, rename
 from cinema.media import FilmWriter
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
@@ -200,7 +200,7 @@ def _is_whole(path: Path, count: int, preset: Preset) -> bool:
 
 def _check(story: Story, out: Path, preset: Preset) -> None:
     """What can be found wrong before the work."""
-    part_loader(preset.video.weights, "LTX pipeline", "CINEMA_VIDEO_WEIGHTS", preset.dtype, _device())
+    check_weights(preset.video.weights, "video")
     manifest = out.with_suffix(".json")
     if manifest.exists() and not _is_manifest_of(out, manifest):
         raise UserError(f"{manifest}: is not this film's manifest, which would replace it; give the film another name")
