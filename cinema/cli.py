@@ -50,8 +50,6 @@ StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
 
-# --- commands ---
-
 
 def write(
     storyline: Annotated[Path, typer.Argument(help="A text file: what happens, in plain English.")],
@@ -216,9 +214,6 @@ def doctor(json: Json = None) -> None:
     _figures({**_machine(), **_weights(), **_services()}, json)
 
 
-# --- what the doctor looks at ---
-
-
 def _machine() -> dict[str, str]:
     facts = {"python": platform.python_version(), "cpu cores": str(_cores()), "memory": f"{_memory() / 2**30:.1f} GiB"}
     try:
@@ -283,9 +278,6 @@ def _services() -> dict[str, str]:
     return {"language model": endpoint, "video codecs": f"reads {reads}; writes {writes}"}
 
 
-# --- stories in, figures out ---
-
-
 def _story(path: Path) -> Story:
     if path.suffix.lower() in STORYLINE_SUFFIXES:
         return _written(path, None, Console(stderr=True, highlight=False))
@@ -347,8 +339,6 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         task = bar.add_task("starting", total=None)
         yield lambda done, total, message: bar.update(task, completed=done, total=total, description=message)
 
-
-# --- the program ---
 
 # fmt: off
 _COMMANDS: dict[Callable[..., None], str] = {  # command -> the module it needs

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+OnStep = Callable[[int], None] | None  # called with the number of finished steps
+
 
 def add_noise(
     data: Float[Tensor, "b p *rest"], noise: Float[Tensor, "b p *rest"], sigma: Float[Tensor, "b p"]
@@ -67,12 +69,11 @@ def euler(
     velocity_fn: Callable[[Tensor, float], Tensor],
     noise: Float[Tensor, "*shape"],
     sigmas: Float[Tensor, "n"],
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep = None,
 ) -> Float[Tensor, "*shape"]:
     """Integrate dx/dsigma = velocity from `noise` along falling `sigmas`: x += (next - sigma) velocity.
 
-    The velocity of (sample, sigma) may have any float dtype, the sum keeps that of `noise` (best float32);
-    `on_step` is called with the number of finished steps.
+    The velocity of (sample, sigma) may have any float dtype, the sum keeps that of `noise` (best float32).
     """
     x = noise
     for done, (here, there) in enumerate(pairwise(sigmas.tolist()), start=1):

@@ -26,13 +26,12 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from cinema.config import KeyframeSettings, Preset
 from cinema.errors import UserError
-from cinema.flow import euler, schedule
+from cinema.flow import OnStep, euler, schedule
 from cinema.goldenmem import PATCH, Layout, coordinates, shrink, tokens
 from cinema.story import TAG, Story
 from cinema.transformer import ContextCache, InterleavedFluxTransformer, PairGroup
 
 Progress = Callable[[int, int, str], None]  # (denoising steps done, of how many, message)
-OnStep = Callable[[int], None] | None  # steps done
 Pictures = Mapping[int, Image.Image]  # by shot
 
 
@@ -204,7 +203,7 @@ class KeyframePlanner:
                 image = ImageOps.fit(known[i].convert("RGB"), (settings.width, settings.height))
             else:
                 before, total = todo.index(i) * settings.steps, len(todo) * settings.steps
-                tell = step_teller(on_progress, before, total, f"keyframe {i + 1} of {len(captions)}")
+                tell = teller(on_progress, before, total, f"keyframe {i + 1} of {len(captions)}")
                 image, remembered = self._draw(caption, list(memory), seeded(seed, i), tell)
             memory.append(_Remembered(self, i, image, caption))
             yield Keyframe(i, image, caption, remembered)
@@ -287,6 +286,6 @@ def seeded(seed: int, shot: int, kind: str = "keyframe") -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def step_teller(tell: Progress | None, before: int, total: int, message: str) -> OnStep:
+def teller(tell: Progress | None, before: int, total: int, message: str) -> OnStep:
     """`tell` for one of several runs of denoising steps, `before` steps being done; None if nobody is told."""
     return None if tell is None else lambda done: tell(before + done, total, message)

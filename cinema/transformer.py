@@ -16,12 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttention,
-    FluxAttnProcessor,
-    FluxSingleTransformerBlock,
-    FluxTransformer2DModel,
-)
+from diffusers.models.transformers import transformer_flux as flux
 from einops import rearrange
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
@@ -118,12 +113,12 @@ def _heads(width: int, x: Tensor, *projections: torch.nn.Module) -> list[Float[T
     return [rearrange(to(x), "b n (k h) -> b n k h", h=width) for to in projections]
 
 
-class LocalProcessor(FluxAttnProcessor):
+class LocalProcessor(flux.FluxAttnProcessor):
     """Joint attention of a double-stream block: stock, or by `attend_full` if given the pairs' `local_rope`."""
 
     def __call__(
         self,
-        attn: FluxAttention,
+        attn: flux.FluxAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Any = None,
         attention_mask: Tensor | None = None,
@@ -143,7 +138,7 @@ class LocalProcessor(FluxAttnProcessor):
         return attn.to_out[1](attn.to_out[0](pixels)), attn.to_add_out(words)
 
 
-class InterleavedSingleBlock(FluxSingleTransformerBlock):
+class InterleavedSingleBlock(flux.FluxSingleTransformerBlock):
     """Flux's single-stream block; given `pairs`, it modulates each pair by its own row and attends over all."""
 
     def forward(
@@ -178,7 +173,7 @@ class InterleavedSingleBlock(FluxSingleTransformerBlock):
         return pairs.per_pair(torch.addcmul, [hidden_states, out], [gate]), (k, v)
 
 
-class InterleavedFluxTransformer(FluxTransformer2DModel):
+class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
     """Flux over several image-text pairs with hybrid attention masking (paper, section 3.1).
 
     `forward` is inherited: one picture, stock. `forward_pairs` takes groups of pairs. Loads from and saves to
@@ -188,7 +183,7 @@ class InterleavedFluxTransformer(FluxTransformer2DModel):
     _no_split_modules = ["FluxTransformerBlock", "InterleavedSingleBlock"]  # noqa: RUF012
     _repeated_blocks = ["FluxTransformerBlock", "InterleavedSingleBlock"]  # noqa: RUF012
 
-    @wraps(FluxTransformer2DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature
+    @wraps(flux.FluxTransformer2DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for block in self.single_transformer_blocks:
@@ -232,10 +227,10 @@ class InterleavedFluxTransformer(FluxTransformer2DModel):
         self._blocks(groups, pairs, causal, None, guidance, kept)
         return ContextCache(kept, pairs.index[-1])
 
-    def stock(self) -> FluxTransformer2DModel:
+    def stock(self) -> flux.FluxTransformer2DModel:
         """A stock `FluxTransformer2DModel` around the very same parameters, for pipelines and for saving."""
         with torch.device("meta"):
-            model = FluxTransformer2DModel.from_config(self.config)
+            model = flux.FluxTransformer2DModel.from_config(self.config)
         model.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return model.train(self.training)
 

@@ -7,7 +7,7 @@ Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their t
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,25 +22,14 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from cinema.config import Preset, VideoSettings
 from cinema.errors import UserError
-from cinema.flow import euler, schedule
-from cinema.keyframes import (
-    OnStep,
-    Progress,
-    load_parts,
-    rename,
-    seeded,
-    step_teller,
-    to_image,
-    to_tensor,
-    tokenize,
-    warn_if_cut,
-)
+from cinema.flow import OnStep, euler, schedule
+from cinema.keyframes import Progress, load_parts, rename, seeded, teller, to_image, to_tensor, tokenize, warn_if_cut
 from cinema.story import Shot, Story
 
 TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Window:
     """Shots that are synthesised together, as one sequence of tokens; ValueError if latents cannot have its numbers."""
 
@@ -49,6 +38,10 @@ class Window:
     width: int  #: likewise
     fps: int  #: frames per second; rope counts time in seconds
     stride: tuple[int, int] = (TIME, 32)  #: frames and pixels of a latent; LTX-Video's, if not told
+    grid: tuple[int, int] = field(init=False)  #: latent rows and columns
+    sizes: list[int] = field(init=False)  #: tokens of every shot
+    shot: Int[Tensor, "s"] = field(init=False)  #: the shot that each token belongs to
+    first: Bool[Tensor, "s"] = field(init=False)  #: whether it is of a shot's first latent frame, its keyframe's
 
     def __post_init__(self) -> None:
         time, space = self.stride
@@ -56,39 +49,19 @@ class Window:
             raise ValueError(f"shots of {self.frames} frames; a window needs at least one, of {time} j + 1 frames each")
         if self.height % space or self.width % space:
             raise ValueError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {space}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Latent rows and columns."""
-        return self.height // self.stride[1], self.width // self.stride[1]
-
-    @property
-    def latent_frames(self) -> tuple[int, ...]:
-        """Latent frames of every shot."""
-        return tuple((n - 1) // self.stride[0] + 1 for n in self.frames)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of every shot."""
-        return [f * self.grid[0] * self.grid[1] for f in self.latent_frames]
-
-    @cached_property
-    def shot(self) -> Int[Tensor, "s"]:
-        """The shot that each token belongs to."""
-        return torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
-
-    @cached_property
-    def first(self) -> Bool[Tensor, "s"]:
-        """True for tokens of the first latent frame of a shot, where its keyframe is."""
-        return torch.cat([torch.arange(size) < self.grid[0] * self.grid[1] for size in self.sizes])
+        self.grid = self.height // space, self.width // space
+        area = self.grid[0] * self.grid[1]
+        self.sizes = [((n - 1) // time + 1) * area for n in self.frames]
+        self.shot = torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
+        self.first = torch.cat([torch.arange(size) < area for size in self.sizes])
 
     @cached_property
     def coordinates(self) -> Float[Tensor, "3 s"]:
         """(seconds, y, x) of each token: stock LTX-Video's in each shot, and each shot starts where the last ended."""
         parts, start, (every, space) = [], 0, self.stride
-        for count, latents in zip(self.frames, self.latent_frames, strict=True):
-            time = (start + (torch.arange(latents) * every + 1 - every).clamp(min=0)) / self.fps
-            y, x = (torch.arange(n, dtype=torch.float32) * space for n in self.grid)
+        y, x = (torch.arange(n, dtype=torch.float32) * space for n in self.grid)
+        for count in self.frames:
+            time = (start + (torch.arange(0, count, every) + 1 - every).clamp(min=0)) / self.fps
             parts.append(torch.stack(torch.meshgrid(time, y, x, indexing="ij")).flatten(1))
             start += count
         return torch.cat(parts, dim=1)
@@ -224,7 +197,7 @@ class Animator:
         windows = [every[i : i + size] for i in every[::size] if not set(every[i : i + size]) <= set(known)]
         for w, shots in enumerate(windows):
             message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
-            tell = step_teller(on_progress, w * steps, len(windows) * steps, message)
+            tell = teller(on_progress, w * steps, len(windows) * steps, message)
             window, noise = self._window([lengths[i] for i in shots]), [seeded(seed, i, "shot") for i in shots]
             drawn = self._draw(window, self._captions(story, shots), [keyframes[i] for i in shots], noise, tell)
             for i, tokens in zip(shots, drawn, strict=True):
