@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,9 +247,9 @@ def _weights() -> dict[str, str]:
     from huggingface_hub import try_to_load_from_cache
 
     def here(name: str) -> bool:
-        if Path(name).is_absolute() or Path(name).is_dir():
-            index = (Path(name) / "model_index.json").is_file()
-            return index and any(Path(name).glob("transformer/*.safetensors"))
+        folder = Path(name)
+        if folder.is_absolute() or folder.is_dir():
+            return (folder / "model_index.json").is_file() and any(folder.glob("transformer/*.safetensors"))
         return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
     facts = {}
@@ -263,19 +263,15 @@ def _weights() -> dict[str, str]:
 def _services() -> dict[str, str]:
     import av
 
-    def offered(codecs: Sequence[str], mode: Any) -> str:
-        found = []
-        for codec in codecs:
-            with suppress(ValueError):  # PyAV's UnknownCodecError
-                found.append(av.codec.Codec(codec, mode) and codec)
-        return ", ".join(found) or "none"
+    def offered(*names: str) -> str:
+        return ", ".join(name for name in names if name in av.codecs_available) or "none"
 
-    reads = offered(("h264", "hevc", "vp9", "av1"), "r")
-    writes = offered(("libx264", "libx265", "libvpx-vp9", "libsvtav1"), "w")
+    codecs = f"reads {offered('h264', 'hevc', 'vp9', 'av1')}; "
+    codecs += f"writes {offered('libx264', 'libx265', 'libvpx-vp9', 'libsvtav1')}"
     # the address may hold a password, so it is not shown
     model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")
     endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
-    return {"language model": endpoint, "video codecs": f"reads {reads}; writes {writes}"}
+    return {"language model": endpoint, "video codecs": codecs}
 
 
 def _story(path: Path) -> Story:

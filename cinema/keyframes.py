@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from cinema.story import TAG, Story
 from cinema.transformer import ContextCache, InterleavedFluxTransformer, PairGroup
 
 Progress = Callable[[int, int, str], None]  # (denoising steps done, of how many, message)
+Encoded = tuple[Float[Tensor, "t e"], Float[Tensor, "f"]]  # a caption: T5's states and CLIP's pooled state
 Pictures = Mapping[int, Image.Image]  # by shot
 
 
@@ -43,14 +44,6 @@ class Keyframe:
     image: Image.Image  #: RGB, as large as the preset says
     caption: str  #: as the model read it, with the story's tags replaced by tags that the model knows
     remembered: list[tuple[int, int]]  #: (shot, side of its level in patches) of the context, in the order of time
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A caption as the transformer reads it: T5's states and CLIP's pooled state."""
-
-    states: Float[Tensor, "t e"]
-    pooled: Float[Tensor, "f"]
 
 
 @dataclass
@@ -71,7 +64,7 @@ class TextEncoders:
         words = tokenize(self.tokenizer_2, [caption], self.length).input_ids.to(self.text_encoder_2.device)
         pooled = tokenize(self.tokenizer, [caption], self.tokenizer.model_max_length).input_ids
         pooled = self.text_encoder(pooled.to(self.text_encoder.device)).pooler_output
-        return Encoded(self.text_encoder_2(words)[0][0], pooled[0])
+        return self.text_encoder_2(words)[0][0], pooled[0]
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> Any:
@@ -174,10 +167,10 @@ class KeyframePlanner:
         """Load the parts from `preset.keyframes.weights`; UserError if nothing loadable is there."""
         parts = {"transformer": InterleavedFluxTransformer, "vae": AutoencoderKL, "tokenizer": AutoTokenizer}
         parts |= {"text_encoder": CLIPTextModel, "tokenizer_2": AutoTokenizer, "text_encoder_2": T5EncoderModel}
-        name = preset.keyframes.weights
-        transformer, vae, *text = load_parts(name, "keyframe", preset.dtype, device, parts)
-        encoders = TextEncoders(*text, preset.keyframes.text_tokens)
-        return cls(transformer, vae, encoders, preset.keyframes, preset.tags)
+        loaded = load_parts(preset.keyframes.weights, "keyframe", preset.dtype, device, parts)
+        transformer, vae, clip_tokenizer, clip, t5_tokenizer, t5 = loaded
+        text = TextEncoders(clip_tokenizer, clip, t5_tokenizer, t5, preset.keyframes.text_tokens)
+        return cls(transformer, vae, text, preset.keyframes, preset.tags)
 
     def plan(
         self, story: Story, seed: int = 0, on_progress: Progress | None = None, known: Pictures | None = None
@@ -213,11 +206,10 @@ class KeyframePlanner:
     ) -> PairGroup:
         """One fold of pairs for the transformer, on its device and in its dtype; `texts` run over b, then p."""
         device, dtype = self.transformer.device, self.transformer.dtype
-        fold = partial(rearrange, pattern="(b p) ... -> b p ...", p=len(index))
-        states, pooled = fold([t.states for t in texts]), fold([t.pooled for t in texts])
-        floats = [x.to(device, dtype) for x in (latents, states, pooled)]
+        folds = [rearrange(list(x), "(b p) ... -> b p ...", p=len(index)) for x in zip(*texts, strict=True)]
+        latents, states, pooled = (x.to(device, dtype) for x in (latents, *folds))
         sigmas, ids = torch.full(latents.shape[:2], sigma, device=device), coordinates(side, self.side).to(device)
-        return PairGroup(*floats, sigmas, ids, torch.tensor(index))
+        return PairGroup(latents, states, pooled, sigmas, ids, torch.tensor(index))
 
     @torch.no_grad()
     def _draw(

@@ -56,12 +56,8 @@ def attend_causal(
     """Causal between pairs: pair i sees the pairs up to itself, and all of its own tokens.
 
     One plain attention per pair over a prefix of the keys; training on CUDA one flex_attention with a block
-    mask instead, compiled at first use (the tests check that mask, eagerly on a CPU).
-
-    Args:
-        q: queries of the pairs, in order.
-        k, v: keys and values of the same tokens, preceded by any that all of them see (a cache).
-        lengths: tokens of each pair; they sum to `n`, else ValueError.
+    mask instead, compiled at first use (the tests check that mask, eagerly on a CPU). Queries are those of the
+    pairs, in order, of so many tokens each; keys and values may begin with more that all of them see (a cache).
     """
     if sum(lengths) != q.shape[2] or k.shape[2] < q.shape[2]:
         raise ValueError(f"lengths {list(lengths)}, {q.shape[2]} queries and {k.shape[2]} keys do not fit together")

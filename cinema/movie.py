@@ -244,7 +244,7 @@ def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings) 
     told = story.model_dump(mode="json", exclude={"shots": {"__all__": {"keyframe", "clip"}}})
     durations = [shot.duration for shot in story.shots if "duration" in shot.model_fields_set]
     digest = hashlib.sha256(json.dumps([told, durations], sort_keys=True).encode()).hexdigest()
-    facts = {"story": digest, "seed": seed, "cinema": version("cinema"), "settings": asdict(settings)}
+    facts: dict[str, Any] = {"story": digest, "seed": seed, "cinema": version("cinema"), "settings": asdict(settings)}
     del facts["settings"]["weights"]
     return facts | {"weights": weights_identity(settings.weights)}
 

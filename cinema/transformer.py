@@ -1,11 +1,9 @@
 """MM-DiT with pairs: a `FluxTransformer2DModel` that sees several captioned keyframes at once.
 
-A pair is one keyframe and its caption. Double-stream blocks are local: every pair alone, which is a fold into the
-batch. Single-stream blocks are global: all pairs in one ragged sequence, without any padding. Parameters and
-`state_dict` are stock Flux's; with one pair the output is stock Flux's, too.
-
-Axes: `b` story, `p` pair, `s` image tokens, `t` text tokens, `l` = t + s, `n` tokens of all pairs,
-`d` width, `k` head, `h` width of a head, `c` latent channels.
+A pair is a keyframe and its caption. Double-stream blocks are local: every pair alone, a fold into the batch.
+Single-stream blocks are global: all pairs in one ragged sequence, without padding. Parameters are stock Flux's; with
+one pair the output is, too. Axes: `b` story, `p` pair, `s` image tokens, `t` text tokens, `l` = t + s, `n` tokens of
+all pairs, `d` width, `k` head, `h` width of a head, `c` latent channels.
 """
 
 from collections.abc import Callable
@@ -164,10 +162,12 @@ class InterleavedSingleBlock(flux.FluxSingleTransformerBlock):
         q, k, v = _heads(a.head_dim, x, a.to_q, a.to_k, a.to_v)
         q, k = rotate(normalised(a.norm_q, q), rope), rotate(normalised(a.norm_k, k), rope)
         q, k, v = (rearrange(z, "b n k h -> b k n h") for z in (q, k, v))
-        seen = [k, v]
+        keys, values = k, v
         if past is not None:
-            seen = [torch.cat([old.expand(len(q), -1, -1, -1), new], 2) for old, new in zip(past, seen, strict=True)]
-        out = attend_causal(q, *seen, pairs.lengths) if causal else attend_full(q, *seen)
+            keys, values = (
+                torch.cat([x.expand(len(q), -1, -1, -1), y], dim=2) for x, y in ((past[0], k), (past[1], v))
+            )
+        out = attend_causal(q, keys, values, pairs.lengths) if causal else attend_full(q, keys, values)
         out = rearrange(out, "b k n h -> b n (k h)")
         out = self.proj_out(torch.cat([out, self.act_mlp(self.proj_mlp(x))], dim=-1))  # b n d
         return pairs.per_pair(torch.addcmul, [hidden_states, out], [gate]), (k, v)
@@ -200,14 +200,9 @@ class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
     ) -> list[Float[Tensor, "b _p _s c"]]:
         """Velocity of every pair, each at its own noise level, in the order and shapes of the groups' latents.
 
-        Args:
-            groups: at least one; equal batch sizes, ragged token counts.
-            causal: pair i sees pairs <= i only (by index), else every pair sees every pair.
-            cache: context that all these pairs see as well; its pairs come before theirs.
-            guidance: scale told to a guidance-distilled base; needed by those, ignored by others.
-
-        Raises:
-            ValueError: indices repeat or do not follow the cache's, or `guidance` is missing.
+        Groups have equal batch sizes and ragged token counts. If `causal`, pair i sees pairs <= i only (by index), else
+        every pair every pair; all see the `cache`, whose pairs come before theirs. `guidance` is the scale told to a
+        guidance-distilled base, ignored by others. ValueError if it is missing, or indices repeat or precede the cache.
         """
         pairs = Ragged(groups)
         if cache is not None and pairs.index[0] <= cache.last:

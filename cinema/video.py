@@ -1,8 +1,8 @@
 """Video synthesis: keyframes become moving shots, several shots at once, on LTX-Video's transformer and VAE.
 
-A window of shots is one sequence, in which all attend to each other: every shot sees every keyframe of its window,
-which is the nearly clean first latent frame of its own shot. Each shot has its own noise level, its own range of rope
-coordinates and its own caption beside the window's global one (Long Context Tuning, Guo et al. 2025, section 3).
+A window of shots is one sequence, so every shot sees every keyframe, the nearly clean first latent frame of its own
+shot. Each has its own noise level, range of rope coordinates and caption, beside the window's global one (Long Context
+Tuning, Guo et al. 2025, section 3).
 Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their tokens, `c` channels, `f y x` latents.
 """
 
@@ -173,8 +173,8 @@ class Animator:
         """Load the parts from `preset.video.weights`; UserError if nothing loadable is there."""
         parts = {"transformer": LTXVideoTransformer3DModel, "vae": AutoencoderKLLTXVideo}
         parts |= {"text_encoder": T5EncoderModel, "tokenizer": AutoTokenizer}
-        loaded = load_parts(preset.video.weights, "video", preset.dtype, device, parts)
-        return cls(*loaded, preset.video, preset.tags)
+        transformer, vae, t5, tokenizer = load_parts(preset.video.weights, "video", preset.dtype, device, parts)
+        return cls(transformer, vae, t5, tokenizer, preset.video, preset.tags)
 
     def animate(
         self,
@@ -198,9 +198,8 @@ class Animator:
         for w, shots in enumerate(windows):
             message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
             tell = teller(on_progress, w * steps, len(windows) * steps, message)
-            window, noise = self._window([lengths[i] for i in shots]), [seeded(seed, i, "shot") for i in shots]
-            drawn = self._draw(window, self._captions(story, shots), [keyframes[i] for i in shots], noise, tell)
-            for i, tokens in zip(shots, drawn, strict=True):
+            window = self._window([lengths[i] for i in shots])
+            for i, tokens in zip(shots, self._draw(story, shots, window, keyframes, seed, tell), strict=True):
                 if i not in known:
                     clip = decode_clips(self.vae, tokens[None], window.grid)
                     yield i, [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
@@ -217,20 +216,17 @@ class Animator:
 
     @torch.no_grad()
     def _draw(
-        self,
-        window: Window,
-        captions: list[str],
-        keyframes: list[Image.Image],
-        generators: list[torch.Generator],
-        on_step: OnStep,
+        self, story: Story, shots: range, window: Window, keyframes: Sequence[Image.Image], seed: int, on_step: OnStep
     ) -> list[Float[Tensor, "_s c"]]:
         """Tokens of the window's shots, drawn together."""
         settings, device, first = self.settings, self.transformer.device, window.first
-        clean = torch.cat([self._encode(image) for image in keyframes], dim=1).to(device)  # 1 first c
-        shots = zip(window.sizes, generators, strict=True)
-        start = torch.cat([torch.randn(1, size, clean.shape[2], generator=g) for size, g in shots], dim=1).to(device)
+        clean = torch.cat([self._encode(keyframes[i]) for i in shots], dim=1).to(device)  # 1 first c
+        shapes = [(1, size, clean.shape[2]) for size in window.sizes]
+        noise = [torch.randn(s, generator=seeded(seed, i, "shot")) for s, i in zip(shapes, shots, strict=True)]
+        start = torch.cat(noise, dim=1).to(device)  # 1 s c
         start[:, first] = torch.lerp(clean, start[:, first], settings.keyframe_sigma)
-        drawn = euler(self._velocity(window, captions), start, schedule(settings.steps, settings.shift), on_step)
+        velocity = self._velocity(window, self._captions(story, shots))
+        drawn = euler(velocity, start, schedule(settings.steps, settings.shift), on_step)
         drawn[:, first] = clean
         return list(drawn[0].split(window.sizes))
 
