@@ -1,12 +1,10 @@
 """The command line: `cinema write`, `movie`, `plan`, `animate`, `curate`, `train`, `toyworld`, `evaluate`, `doctor`.
 
-Everything heavy is imported inside the commands, so `cinema --help` answers at once; a command whose module is
-not there is not offered. Results go to standard output, progress and messages to standard error. Exit codes:
-0 done, 1 the user can mend it (one sentence, no traceback; CINEMA_DEBUG=1 shows it), 2 wrong usage, 3 some films
-could not be curated, 4 curation stopped at the spending limit.
+Heavy imports are inside the commands, so `cinema --help` answers at once; a command whose module is not there is not
+offered. Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one
+sentence; CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending.
 """
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -19,9 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from typer.exceptions import TyperException
 
 from cinema import config
@@ -30,27 +30,25 @@ from cinema.files import write_json
 from cinema.story import Story, load_story, save_story
 
 STORYLINE_SUFFIXES, STORY_SUFFIXES = (".txt", ".md"), (".yaml", ".yml")
+AnnotatorName = StrEnum("AnnotatorName", ["truth", "vision", "local", "none"])
+
+
+def _writable(path: Path | None) -> Path | None:
+    """The path, if a file can be written there: asked before the work, not after it."""
+    if path is None:
+        return None
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path}: figures cannot be written there; give a file in a folder that can be written to")
+    return path
+
 
 Preset = Annotated[str | None, typer.Option(help="toy, small or flux; CINEMA_PRESET if not given, else toy.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
-Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=lambda p: _writable(p))
-]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
-
-
-class AnnotatorName(StrEnum):
-    """Who writes the captions of a curated film."""
-
-    truth = "truth"
-    vision = "vision"
-    local = "local"
-    none = "none"
-
-
-# --- commands ---
 
 
 def write(
@@ -114,9 +112,7 @@ def curate(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write into; s3://... and the like work too.")],
     annotator: Annotated[AnnotatorName, typer.Option(help="Who writes captions.")] = AnnotatorName.none,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the local annotator's model.")] = None,
-    cast: Annotated[
-        Path | None, typer.Option(help="A story whose cast captions may name, or a folder of them.")
-    ] = None,
+    cast: Annotated[Path | None, typer.Option(help="A story whose cast captions name, or a folder of them.")] = None,
     detector: Annotated[str | None, typer.Option(help="What finds the cuts.")] = None,
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
@@ -146,8 +142,7 @@ def curate(
     with _progress() as tell:
         result = curation.curate(curation.find_films(films, out), out, **options, on_progress=tell)
     rows = [(curation.shown(str(f.film)), f.status, f.shots, f.kept, f.reason) for f in result.films]
-    _table(("film", "status", "shots", "kept", "reason"), rows)
-    _save(result, json)
+    _table(("film", "status", "shots", "kept", "reason"), rows, result, json)
     if report:
         _say(f"{curation.write_report(out, options['workers'])}: open it in a browser")
     if result.out_of_money:
@@ -174,9 +169,7 @@ def train(
 
 
 def toyworld(
-    out: Folder,
-    films: Annotated[int, typer.Option(help="How many films.", min=1)] = 1,
-    seed: Seed = 0,
+    out: Folder, films: Annotated[int, typer.Option(help="How many films.", min=1)] = 1, seed: Seed = 0
 ) -> None:
     """Write films of the toy world, with their ground truth beside them."""
     from cinema.toyworld.film import write_films
@@ -221,20 +214,17 @@ def doctor(json: Json = None) -> None:
     _figures({**_machine(), **_weights(), **_services()}, json)
 
 
-# --- what the doctor looks at ---
-
-
 def _machine() -> dict[str, str]:
     facts = {"python": platform.python_version(), "cpu cores": str(_cores()), "memory": f"{_memory() / 2**30:.1f} GiB"}
     try:
         import torch
     except (ImportError, OSError) as error:
         return {**facts, "torch": f"not usable ({error})", "device": "none"}
-    facts["torch"] = torch.__version__
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        return {**facts, "device": f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB"}
-    return {**facts, "device": "mps" if torch.backends.mps.is_available() else "cpu"}
+        device = f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB"
+    return {**facts, "torch": torch.__version__, "device": device}
 
 
 def _cores() -> int:
@@ -257,40 +247,31 @@ def _weights() -> dict[str, str]:
     from huggingface_hub import try_to_load_from_cache
 
     def here(name: str) -> bool:
-        if Path(name).is_absolute() or Path(name).is_dir():
-            index = (Path(name) / "model_index.json").is_file()
-            return index and any(Path(name).glob("transformer/*.safetensors"))
+        folder = Path(name)
+        if folder.is_absolute() or folder.is_dir():
+            return (folder / "model_index.json").is_file() and any(folder.glob("transformer/*.safetensors"))
         return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
     facts = {}
-    for name in config.PRESETS:
-        chosen = config.preset(name)
+    for chosen in map(config.preset, config.PRESETS):
         parts = {"keyframes": chosen.keyframes.weights, "video": chosen.video.weights}
         missing = [f"{part} ({where})" for part, where in parts.items() if not here(where)]
-        facts[f"preset {name}"] = f"weights missing: {', '.join(missing)}" if missing else "weights present"
+        facts[f"preset {chosen.name}"] = f"weights missing: {', '.join(missing)}" if missing else "weights present"
     return facts
 
 
 def _services() -> dict[str, str]:
     import av
 
-    def offers(codec: str, mode: Any) -> bool:
-        try:
-            av.codec.Codec(codec, mode)
-        except ValueError:  # PyAV's UnknownCodecError
-            return False
-        return True
+    def offered(*names: str) -> str:
+        return ", ".join(name for name in names if name in av.codecs_available) or "none"
 
-    reads = [c for c in ("h264", "hevc", "vp9", "av1") if offers(c, "r")]
-    writes = [c for c in ("libx264", "libx265", "libvpx-vp9", "libsvtav1") if offers(c, "w")]
+    codecs = f"reads {offered('h264', 'hevc', 'vp9', 'av1')}; "
+    codecs += f"writes {offered('libx264', 'libx265', 'libvpx-vp9', 'libsvtav1')}"
     # the address may hold a password, so it is not shown
     model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")
     endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
-    codecs = f"reads {', '.join(reads) or 'none'}; writes {', '.join(writes) or 'none'}"
     return {"language model": endpoint, "video codecs": codecs}
-
-
-# --- stories in, figures out ---
 
 
 def _story(path: Path) -> Story:
@@ -314,22 +295,9 @@ def _written(path: Path, title: str | None, console: Console) -> Story:
     return written.story
 
 
-def _writable(path: Path | None) -> Path | None:
-    """The path, if a file can be written there: asked before the work, not after it."""
-    if path is None:
-        return None
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{path}: figures cannot be written there; give a file in a folder that can be written to")
-    return path
-
-
 def _figures(result: Any, path: Path | None) -> None:
     """Show figures as a table, nested ones by dotted names, and save them."""
-    plain = _plain(result)
-    if isinstance(plain, Mapping):
-        _table(("what", "value"), list(_flat(plain)))
-    _save(plain, path)
+    _table(("what", "value"), list(_flat(to_jsonable_python(result, fallback=str))), result, path)
 
 
 def _flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -340,29 +308,14 @@ def _flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else value
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: dataclasses as objects, paths as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _save(result: Any, path: Path | None) -> None:
-    if path:
-        write_json(path, _plain(result))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.text import Text  # captions and file names are data: never read as markup
-
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], result: Any, path: Path | None) -> None:
+    """Show rows, and save the result that they tell as JSON."""
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # captions and file names are data: never read as markup
     Console().print(table)
+    if path:
+        write_json(path, to_jsonable_python(result, fallback=str))
 
 
 def _count(things: Sequence[Any], name: str) -> str:
@@ -383,19 +336,13 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, message: bar.update(task, completed=done, total=total, description=message)
 
 
-# --- the program ---
-
+# fmt: off
 _COMMANDS: dict[Callable[..., None], str] = {  # command -> the module it needs
-    write: "cinema.writer",
-    movie: "cinema.movie",
-    plan: "cinema.movie",
-    animate: "cinema.movie",
-    curate: "cinema.curation",
-    train: "cinema.training",
-    toyworld: "cinema.toyworld.film",
-    evaluate: "cinema.evaluation",
-    doctor: "cinema.config",
+    write: "cinema.writer", movie: "cinema.movie", plan: "cinema.movie", animate: "cinema.movie",
+    curate: "cinema.curation", train: "cinema.training", toyworld: "cinema.toyworld.film",
+    evaluate: "cinema.evaluation", doctor: "cinema.config",
 }
+# fmt: on
 
 
 def make_app() -> typer.Typer:
@@ -436,8 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("CINEMA_DEBUG"):
             raise
-        return _fail(_sentence(error), 1)
-    return _fail("stopped; the same command goes on from here", 1) if code == 130 else int(code)
+        return _fail(_sentence(error))
+    return _fail("stopped; the same command goes on from here") if code == 130 else int(code)
 
 
 def _sentence(error: Exception) -> str:
@@ -448,7 +395,7 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error}; set CINEMA_DEBUG=1 to see where it comes from"
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int = 1) -> int:
     _say(" ".join(message.split()))
     return code
 

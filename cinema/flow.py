@@ -1,17 +1,17 @@
 """Rectified flow: straight paths from noise to data, and the sampler that walks them back.
 
-One convention for time, everywhere: ``sigma = 1`` is noise, ``sigma = 0`` is data and
-``velocity = noise - data``, so ``x_sigma = data + sigma * velocity`` and dx/dsigma = velocity.
-Axes: `b` story, `p` pair.
+One convention for time, everywhere: ``sigma = 1`` is noise, ``sigma = 0`` is data and ``velocity = noise - data``,
+so ``x_sigma = data + sigma * velocity`` and dx/dsigma = velocity. Axes: `b` story, `p` pair.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+
+OnStep = Callable[[int], None] | None  # called with the number of finished steps
 
 
 def add_noise(
@@ -22,7 +22,7 @@ def add_noise(
     Rectified flow (Liu et al. 2022, eq. 1) with the noise levels of diffusion forcing (paper, section 4).
     The sum is formed in the wider of the dtypes.
     """
-    return torch.lerp(data, noise, _like(sigma, data))
+    return torch.lerp(data, noise, sigma[(..., *[None] * (data.ndim - 2))].to(data.dtype))
 
 
 def velocity(data: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -33,10 +33,7 @@ def velocity(data: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]) -> F
 def shift_time(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
     """Bend time towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024, eq. 23).
 
-    `shift` > 1 spends more of the time on noise, 1 changes nothing. 0 and 1 stay where they are.
-
-    Raises:
-        ValueError: if `shift` is not above 0.
+    `shift` > 1 spends more of the time on noise, 1 changes nothing, 0 or less is a ValueError.
     """
     if shift <= 0:
         raise ValueError(f"the time shift is {shift}, it must be above 0")
@@ -52,24 +49,16 @@ def sample_sigma(
 ) -> Float[Tensor, "..."]:
     """Draw training noise levels in (0, 1): sigmoid of a normal, then shifted (Esser et al. 2024, eq. 19).
 
-    Args:
-        shape: usually ``(b, p)``, an independent level per pair.
-        generator: source of randomness; its device is the result's.
-        mean, std: of the normal before the sigmoid.
-        shift: as in `shift_time`.
+    `shape` is usually ``(b, p)``, an independent level per pair; the result is on the generator's device.
     """
-    device = generator.device if generator is not None else "cpu"
-    normal = torch.randn(*shape, generator=generator, device=device)
+    normal = torch.randn(*shape, generator=generator, device=generator.device if generator else "cpu")
     return shift_time(torch.sigmoid(mean + std * normal), shift)
 
 
 def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, "{steps}+1"]:
-    """Noise levels of a sampling run, from 1 to 0; between two of them lies one step.
+    """Noise levels of a sampling run, from 1 to 0, for at least one step between them (else ValueError).
 
     Equal to diffusers' FlowMatchEulerDiscreteScheduler given ``sigmas=linspace(1, 1 / steps, steps)``.
-
-    Raises:
-        ValueError: if `steps` is below 1 or `shift` is not above 0.
     """
     if steps < 1:
         raise ValueError(f"a sampling run needs at least 1 step, not {steps}")
@@ -80,24 +69,15 @@ def euler(
     velocity_fn: Callable[[Tensor, float], Tensor],
     noise: Float[Tensor, "*shape"],
     sigmas: Float[Tensor, "n"],
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep = None,
 ) -> Float[Tensor, "*shape"]:
     """Integrate dx/dsigma = velocity from `noise` along falling `sigmas`: x += (next - sigma) velocity.
 
-    Args:
-        velocity_fn: takes the sample and its sigma, gives the velocity in any float dtype.
-        noise: the sample at ``sigmas[0]``; its dtype (best float32) is that of the sum.
-        sigmas: falling noise levels, as from `schedule`.
-        on_step: called with the number of finished steps.
+    The velocity of (sample, sigma) may have any float dtype, the sum keeps that of `noise` (best float32).
     """
     x = noise
-    for i, (here, there) in enumerate(pairwise(sigmas.tolist())):
+    for done, (here, there) in enumerate(pairwise(sigmas.tolist()), start=1):
         x = x + (there - here) * velocity_fn(x, here).to(x.dtype)
         if on_step is not None:
-            on_step(i + 1)
+            on_step(done)
     return x
-
-
-def _like(sigma: Float[Tensor, "b p"], data: Tensor) -> Tensor:
-    ones = " ".join(["1"] * (data.ndim - 2))
-    return rearrange(sigma, f"b p -> b p {ones}").to(data.dtype)

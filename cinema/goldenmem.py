@@ -1,11 +1,9 @@
 """GoldenMem: the newest keyframe whole, remembered ones in sizes that shrink by the golden ratio.
 
-A level is a grid of `side` x 2 `side` patches, a patch being 16 px. Level i has the paper's side
-s_i = floor(s_0 / phi^i); all levels together cost less than phi times the newest frame, however many there
-are (paper, section 3.2). Text is not compressed. Axes: `n` frames, `s` tokens of a level.
+A level is a grid of `side` x 2 `side` patches. All levels together cost less than phi times the newest frame, however
+many there are (paper, section 3.2); text is not compressed. Axes: `n` frames, `s` tokens of a level.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -23,10 +21,7 @@ PATCH = 16  # pixels of a patch's side: 8 of the VAE times 2 of the packing
 def levels(side: int, count: int, ratio: float = PHI) -> tuple[int, ...]:
     """Short sides of `count` levels in patches, finest first: s_i = floor(s_0 / ratio^i).
 
-    The direct form: rounding down at every step instead gives 1 where Fig. 4 has 2.
-
-    Raises:
-        ValueError: `side` or `count` is below 1, `ratio` is not above 1, or a level would be under one patch.
+    The direct form: rounding down at every step instead gives 1 where Fig. 4 has 2. ValueError where none fit.
     """
     if side < 1 or count < 1:
         raise ValueError(f"{count} levels of a frame {side} patches high: both must be at least 1")
@@ -45,48 +40,29 @@ def tokens(side: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which pair sits at which level.
+    """Which pair sits at which level; ValueError if the pairs do not fit, or `rank` is not an order of them."""
 
-    Attributes:
-        pairs: how many, in the order of time; the last is the newest, which is drawn.
-        side: short side of the newest pair in patches.
-        count: levels available.
-        group: pairs per level; the newest is one of the finest level's. Fig. 4 has 4.
-        ratio: between the sides of neighbouring levels.
-        rank: importance of each pair, 0 for the highest; without it recency, the newest first.
-
-    Raises:
-        ValueError: no pair, more pairs than `count` levels of `group` hold, impossible levels, or a `rank`
-            that is not an order of the pairs.
-    """
-
-    pairs: int
-    side: int
-    count: int
-    group: int
-    ratio: float = PHI
-    rank: tuple[int, ...] | None = None
+    pairs: int  #: how many, in the order of time; the last is the newest, which is drawn
+    side: int  #: short side of the newest pair in patches
+    count: int  #: levels available
+    group: int  #: pairs per level; the newest is one of the finest level's. Fig. 4 has 4
+    ratio: float = PHI  #: between the sides of neighbouring levels
+    rank: tuple[int, ...] | None = None  #: importance of each pair, 0 for the highest; else the newest comes first
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
             raise ValueError(f"a layout needs at least one pair, not {self.pairs}")
-        if self.pairs > self.capacity:
+        if self.pairs > self.count * self.group:
             raise ValueError(f"{self.pairs} pairs do not fit in {self.count} levels of {self.group}")
         if self.rank is not None and sorted(self.rank) != list(range(self.pairs)):
             raise ValueError(f"rank {self.rank} is not an order of {self.pairs} pairs")
         levels(self.side, self.count, self.ratio)
 
     @property
-    def capacity(self) -> int:
-        """Most pairs that the levels hold."""
-        return self.count * self.group
-
-    @property
     def sides(self) -> tuple[int, ...]:
         """Short side of every pair, in the order of time."""
-        rank: Sequence[int] = self.rank if self.rank is not None else range(self.pairs - 1, -1, -1)
         sides = levels(self.side, self.count, self.ratio)
-        return tuple(sides[r // self.group] for r in rank)
+        return tuple(sides[r // self.group] for r in self.rank or range(self.pairs - 1, -1, -1))
 
     def by_level(self) -> list[tuple[int, list[int]]]:
         """(side, its pairs in the order of time) of every size in use, finest first: one fold each."""
@@ -99,17 +75,9 @@ class Layout:
 
 
 def shrink(frames: Float[Tensor, "n 3 height width"], side: int) -> Float[Tensor, "n 3 small_h small_w"]:
-    """Shrink remembered frames in pixel space, by area, to one level (paper, section 4.2).
+    """Shrink remembered frames in pixel space, by area, to a level's 16 `side` x 32 `side` (paper, section 4.2).
 
-    Args:
-        frames: RGB in [-1, 1], twice as wide as high.
-        side: short side of the level in patches.
-
-    Returns:
-        The same frames, 16 `side` pixels high and 32 `side` wide.
-
-    Raises:
-        ValueError: `side` is below 1 or above the frames' own, or they are not twice as wide as high.
+    ValueError if `side` is below 1 or above the frames' own, or they are not twice as wide as high.
     """
     height, width = frames.shape[2:]
     if width != 2 * height:
@@ -123,10 +91,7 @@ def coordinates(side: int, finest: int) -> Float[Tensor, "s 2"]:
     """(y, x) of a level's patches in units of the finest level's, which every level covers whole.
 
     Cell i of a level lies at (i + 1/2) finest / side - 1/2: the finest level has 0, 1, 2 ..., a coarse one
-    the centres of its larger cells.
-
-    Raises:
-        ValueError: `side` is below 1 or above `finest`.
+    the centres of its larger cells. ValueError if `side` is below 1 or above `finest`.
     """
     if not 1 <= side <= finest:
         raise ValueError(f"a level of {side} patches in a frame of {finest}: it must be between 1 and {finest}")

@@ -1,15 +1,12 @@
-"""Hybrid attention masking, three times: as a picture, as a dense reference and as what production runs.
+"""Hybrid attention masking (paper, section 3.1): who sees whom, a dense reference, and what production runs.
 
-Of P pairs, the double-stream blocks let a pair see only itself (local), the single-stream blocks let every
-pair see every pair (global) or only itself and earlier ones (causal); paper, section 3.1. Production never
-builds a mask: local is a fold into the batch, global is plain attention, causal is plain attention over key
-prefixes (CPU) or block-sparse attention (CUDA).
-
+Local: a pair sees itself; global: every pair; causal: itself and earlier ones. Production builds no mask: local is a
+fold into the batch, global plain attention, causal plain attention over key prefixes (block-sparse on CUDA).
 Axes: `b` story, `k` head, `n` queries, `m` keys, `h` width of a head.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -17,32 +14,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Mode = Literal["local", "global", "causal"]
 SHORT = 600**2  # queries x keys up to which, training on a CPU, a plain softmax beats SDPA's backward
 
 
-def pair_mask(lengths: Sequence[int], mode: Mode) -> Bool[Tensor, "n n"]:
-    """Who sees whom, token by token: row i is True where query i sees the key.
+def pair_mask(lengths: Sequence[int], mode: Literal["local", "global", "causal"]) -> Bool[Tensor, "n n"]:
+    """Who sees whom, token by token, of pairs with so many tokens: row i is True where query i sees the key.
 
-    Args:
-        lengths: tokens of each pair, in order.
-        mode: "local" is the paper's M_local = diag(M_1 ... M_P), "global" its M_global, "causal" the
-            autoregressive form, in which a pair sees itself whole and the pairs before it.
-
-    Raises:
-        ValueError: a length below 1, or another mode.
+    "local" is the paper's M_local = diag(M_1 ... M_P), "global" its M_global, "causal" the autoregressive form.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"every pair needs at least one token; lengths are {list(lengths)}")
-    pair = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    query, key = pair[:, None], pair[None, :]
-    if mode == "local":
-        return query == key
-    if mode == "causal":
-        return query >= key
-    if mode == "global":
-        return torch.ones(len(pair), len(pair), dtype=torch.bool)
-    raise ValueError(f"mode is {mode!r}, it must be local, global or causal")
+    key = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    query = key[:, None]
+    masks = {"local": query == key, "causal": query >= key, "global": torch.ones(len(key), len(key), dtype=torch.bool)}
+    if mode not in masks:
+        raise ValueError(f"mode is {mode!r}, it must be local, global or causal")
+    return masks[mode]
 
 
 def attend_dense(
@@ -69,31 +56,22 @@ def attend_causal(
     """Causal between pairs: pair i sees the pairs up to itself, and all of its own tokens.
 
     One plain attention per pair over a prefix of the keys; training on CUDA one flex_attention with a block
-    mask instead, compiled at first use. The tests check that mask and eager flex_attention on a CPU; the
-    compiled kernel needs a GPU and is not exercised by them.
-
-    Args:
-        q: queries of the pairs, in order.
-        k, v: keys and values of the same tokens, preceded by any that all of them see (a cache).
-        lengths: tokens of each pair; they sum to `n`.
-
-    Raises:
-        ValueError: the lengths do not sum to the number of queries, or there are fewer keys than queries.
+    mask instead, compiled at first use (the tests check that mask, eagerly on a CPU). Queries are those of the
+    pairs, in order, of so many tokens each; keys and values may begin with more that all of them see (a cache).
     """
     if sum(lengths) != q.shape[2] or k.shape[2] < q.shape[2]:
         raise ValueError(f"lengths {list(lengths)}, {q.shape[2]} queries and {k.shape[2]} keys do not fit together")
     past = k.shape[2] - q.shape[2]
     if q.device.type == "cuda" and torch.is_grad_enabled() and len(lengths) > 1:
         return _flex()(q, k, v, block_mask=_block_mask(tuple(lengths), past, q.device))
-    done, start = [], 0
-    for length in lengths:
-        end = start + length
-        done.append(attend_full(q[:, :, start:end], k[:, :, : past + end], v[:, :, : past + end]))
-        start = end
-    return done[0] if len(done) == 1 else torch.cat(done, dim=2)
+    done, end = [], past
+    for queries in q.split(list(lengths), dim=2):
+        end += queries.shape[2]
+        done.append(attend_full(queries, k[:, :, :end], v[:, :, :end]))
+    return torch.cat(done, dim=2)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 

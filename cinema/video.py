@@ -1,16 +1,13 @@
 """Video synthesis: keyframes become moving shots, several shots at once, on LTX-Video's transformer and VAE.
 
-A window of shots is one sequence. All shots attend to each other, so every shot sees every keyframe of its window:
-a keyframe is the nearly clean first latent frame of its own shot. Each shot has its own noise level, its own range
-of rope coordinates and its own caption beside the window's global one (Long Context Tuning, Guo et al. 2025,
-section 3); all are plain arguments of the stock transformer.
+A window of shots is one sequence, so every shot sees every keyframe, the nearly clean first latent frame of its own
+shot. Each has its own noise level, range of rope coordinates and caption, beside the window's global one (Long Context
+Tuning, Guo et al. 2025, section 3).
 Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their tokens, `c` channels, `f y x` latents.
 """
 
-import hashlib
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,32 +22,26 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from cinema.config import Preset, VideoSettings
 from cinema.errors import UserError
-from cinema.flow import euler, schedule
-from cinema.keyframes import Progress, part_loader, rename, step_teller, to_image, to_tensor
+from cinema.flow import OnStep, euler, schedule
+from cinema.keyframes import Progress, load_parts, rename, seeded, teller, to_image, to_tensor, tokenize, warn_if_cut
 from cinema.story import Shot, Story
 
 TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Window:
-    """Shots that are synthesised together, as one sequence of tokens.
+    """Shots that are synthesised together, as one sequence of tokens; ValueError if latents cannot have its numbers."""
 
-    Attributes:
-        frames: of every shot; a multiple of a latent's, and one.
-        height, width: pixels, multiples of a latent's.
-        fps: frames per second; rope counts time in seconds.
-        stride: frames and pixels of a latent; LTX-Video's, if not told.
-
-    Raises:
-        ValueError: no shot, or numbers that LTX-Video's latents cannot have.
-    """
-
-    frames: tuple[int, ...]
-    height: int
-    width: int
-    fps: int
-    stride: tuple[int, int] = (TIME, 32)
+    frames: tuple[int, ...]  #: of every shot; a multiple of a latent's, and one
+    height: int  #: pixels, a multiple of a latent's
+    width: int  #: likewise
+    fps: int  #: frames per second; rope counts time in seconds
+    stride: tuple[int, int] = (TIME, 32)  #: frames and pixels of a latent; LTX-Video's, if not told
+    grid: tuple[int, int] = field(init=False)  #: latent rows and columns
+    sizes: list[int] = field(init=False)  #: tokens of every shot
+    shot: Int[Tensor, "s"] = field(init=False)  #: the shot that each token belongs to
+    first: Bool[Tensor, "s"] = field(init=False)  #: whether it is of a shot's first latent frame, its keyframe's
 
     def __post_init__(self) -> None:
         time, space = self.stride
@@ -58,40 +49,19 @@ class Window:
             raise ValueError(f"shots of {self.frames} frames; a window needs at least one, of {time} j + 1 frames each")
         if self.height % space or self.width % space:
             raise ValueError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {space}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Latent rows and columns."""
-        return self.height // self.stride[1], self.width // self.stride[1]
-
-    @property
-    def latent_frames(self) -> tuple[int, ...]:
-        """Latent frames of every shot."""
-        return tuple((n - 1) // self.stride[0] + 1 for n in self.frames)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of every shot."""
-        return [f * self.grid[0] * self.grid[1] for f in self.latent_frames]
-
-    @cached_property
-    def shot(self) -> Int[Tensor, "s"]:
-        """The shot that each token belongs to."""
-        return torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
-
-    @cached_property
-    def first(self) -> Bool[Tensor, "s"]:
-        """True for tokens of the first latent frame of a shot, where its keyframe is."""
+        self.grid = self.height // space, self.width // space
         area = self.grid[0] * self.grid[1]
-        return torch.cat([torch.arange(size) < area for size in self.sizes])
+        self.sizes = [((n - 1) // time + 1) * area for n in self.frames]
+        self.shot = torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
+        self.first = torch.cat([torch.arange(size) < area for size in self.sizes])
 
     @cached_property
     def coordinates(self) -> Float[Tensor, "3 s"]:
         """(seconds, y, x) of each token: stock LTX-Video's in each shot, and each shot starts where the last ended."""
         parts, start, (every, space) = [], 0, self.stride
-        for count, latents in zip(self.frames, self.latent_frames, strict=True):
-            time = (start + (torch.arange(latents) * every + 1 - every).clamp(min=0)) / self.fps
-            y, x = (torch.arange(n, dtype=torch.float32) * space for n in self.grid)
+        y, x = (torch.arange(n, dtype=torch.float32) * space for n in self.grid)
+        for count in self.frames:
+            time = (start + (torch.arange(0, count, every) + 1 - every).clamp(min=0)) / self.fps
             parts.append(torch.stack(torch.meshgrid(time, y, x, indexing="ij")).flatten(1))
             start += count
         return torch.cat(parts, dim=1)
@@ -117,10 +87,8 @@ def window_velocity(
 ) -> Float[Tensor, "b s c"]:
     """Velocity of every token of a window: one call of the stock transformer.
 
-    Args:
-        sigma: noise level of each token; shots, and the keyframe in a shot, have their own.
-        states: T5 states of the global caption and of one caption per shot.
-        words: False where a caption is padding.
+    `states` are T5's of the global caption and of one caption per shot, `words` False where they are padding.
+    Every token has its own noise level, as shots have, and the keyframe in a shot.
     """
     return transformer(
         hidden_states=tokens,
@@ -151,6 +119,11 @@ def decode_clips(
     return vae.decode(latents.to(vae.dtype), time).sample.float()
 
 
+def _statistics(vae: AutoencoderKLLTXVideo) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+    mean, std = vae.latents_mean.float().to(vae.device), vae.latents_std.float().to(vae.device)
+    return mean, std / vae.config["scaling_factor"]
+
+
 def strides(vae: AutoencoderKLLTXVideo) -> tuple[int, int]:
     """Frames and pixels that an autoencoder makes one latent of."""
     return vae.temporal_compression_ratio, vae.spatial_compression_ratio
@@ -159,8 +132,7 @@ def strides(vae: AutoencoderKLLTXVideo) -> tuple[int, int]:
 def shot_frames(shot: Shot, settings: VideoSettings) -> int:
     """Frames of a shot: its duration rounded to 8 j + 1; the preset's number if the story does not say.
 
-    Raises:
-        UserError: the shot lasts less than 5 frames, too short for LTX-Video's latents.
+    UserError if it lasts less than 5 frames, too short for LTX-Video's latents.
     """
     if "duration" not in shot.model_fields_set:
         return settings.frames
@@ -179,46 +151,29 @@ def global_caption(story: Story, shots: Sequence[Shot]) -> str:
     return " ".join(f"{c.tag}: {c.description}." for c in story.cast if c.tag in tags and c.description)
 
 
+@dataclass
 class Animator:
-    """Turns keyframes into shots with the parts of an LTX pipeline.
+    """Turns keyframes into shots with the parts of an LTX pipeline; UserError if its latents do not fit them."""
 
-    Raises:
-        UserError: the settings' sizes do not fit LTX-Video's latents.
-    """
+    transformer: LTXVideoTransformer3DModel
+    vae: AutoencoderKLLTXVideo
+    text_encoder: T5EncoderModel
+    tokenizer: Any
+    settings: VideoSettings
+    tags: tuple[str, ...] = ()  #: names that the weights know; any, if there are none
 
-    def __init__(
-        self,
-        transformer: LTXVideoTransformer3DModel,
-        vae: AutoencoderKLLTXVideo,
-        text_encoder: T5EncoderModel,
-        tokenizer: Any,
-        settings: VideoSettings,
-        tags: tuple[str, ...] = (),
-    ) -> None:
-        self.stride = strides(vae)
+    def __post_init__(self) -> None:
         try:
-            Window((settings.frames,), settings.height, settings.width, settings.fps, self.stride)
+            self._window([self.settings.frames])
         except ValueError as error:
             raise UserError(f"video settings: {error}") from None
-        self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
-        self.settings, self.tags = settings, tags
 
     @classmethod
     def from_preset(cls, preset: Preset, device: str | torch.device = "cpu") -> "Animator":
-        """Load the parts from the diffusers folder (or hub name) `preset.video.weights`.
-
-        Raises:
-            UserError: nothing loadable is there.
-        """
-        name = preset.video.weights
-        part = part_loader(name, "LTX pipeline", "CINEMA_VIDEO_WEIGHTS", preset.dtype, device)
-        try:
-            transformer = part(LTXVideoTransformer3DModel, "transformer")
-            vae, t5 = part(AutoencoderKLLTXVideo, "vae"), part(T5EncoderModel, "text_encoder")
-            tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise UserError(f"{name}: the video weights cannot be loaded ({reason}); check the folder") from error
+        """Load the parts from `preset.video.weights`; UserError if nothing loadable is there."""
+        parts = {"transformer": LTXVideoTransformer3DModel, "vae": AutoencoderKLLTXVideo}
+        parts |= {"text_encoder": T5EncoderModel, "tokenizer": AutoTokenizer}
+        transformer, vae, t5, tokenizer = load_parts(preset.video.weights, "video", preset.dtype, device, parts)
         return cls(transformer, vae, t5, tokenizer, preset.video, preset.tags)
 
     def animate(
@@ -229,44 +184,29 @@ class Animator:
         on_progress: Progress | None = None,
         known: Collection[int] = (),
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Yield (shot, its frames) in the order of the story, window after window.
+        """Yield (shot, its frames) in the order of the story, window after window; `known` shots are left out.
 
         A shot depends on its window (captions and keyframes of at most `settings.window` shots, counted from the
         start of the story) and on noise seeded by (seed, shot), so that a shot rendered again is the same.
-
-        Args:
-            keyframes: one a shot, of the film's aspect.
-            seed: another seed, other movement.
-            on_progress: called with (denoising steps done, of how many, message).
-            known: shots that exist; not yielded, and a window of only such is not rendered.
-
-        Raises:
-            UserError: keyframes are missing or of another aspect, a shot is too short, or the cast is too large.
+        UserError if keyframes are missing or of another aspect, a shot is too short, or the cast is too large.
         """
         if len(keyframes) != len(story.shots):
             raise UserError(f"{story.title}: {len(keyframes)} keyframes for {len(story.shots)} shots; give one a shot")
         lengths = [shot_frames(shot, self.settings) for shot in story.shots]
-        windows = [
-            range(i, min(i + self.settings.window, len(lengths))) for i in range(0, len(lengths), self.settings.window)
-        ]
-        windows = [shots for shots in windows if any(i not in known for i in shots)]
-        total = len(windows) * self.settings.steps
+        size, steps, every = self.settings.window, self.settings.steps, range(len(lengths))
+        windows = [every[i : i + size] for i in every[::size] if not set(every[i : i + size]) <= set(known)]
         for w, shots in enumerate(windows):
-            window = self.window([lengths[i] for i in shots])
             message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
-            tell = step_teller(on_progress, w * self.settings.steps, total, message)
-            captions = self._captions(story, shots)
-            clips = self._draw(
-                window, captions, [keyframes[i] for i in shots], [_generator(seed, i) for i in shots], tell
-            )
-            for i, tokens in zip(shots, clips, strict=True):
+            tell = teller(on_progress, w * steps, len(windows) * steps, message)
+            window = self._window([lengths[i] for i in shots])
+            for i, tokens in zip(shots, self._draw(story, shots, window, keyframes, seed, tell), strict=True):
                 if i not in known:
-                    yield i, self._frames(tokens, window.grid)
+                    clip = decode_clips(self.vae, tokens[None], window.grid)
+                    yield i, [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
 
-    def window(self, frames: Sequence[int]) -> Window:
-        """A window of shots of so many frames, at the settings' size."""
+    def _window(self, frames: Sequence[int]) -> Window:
         settings = self.settings
-        return Window(tuple(frames), settings.height, settings.width, settings.fps, self.stride)
+        return Window(tuple(frames), settings.height, settings.width, settings.fps, strides(self.vae))
 
     def _captions(self, story: Story, shots: Sequence[int]) -> list[str]:
         """The global caption and the shots' own, with tags that the model knows."""
@@ -276,24 +216,17 @@ class Animator:
 
     @torch.no_grad()
     def _draw(
-        self,
-        window: Window,
-        captions: list[str],
-        keyframes: list[Image.Image],
-        generators: list[torch.Generator],
-        on_step: Callable[[int], None] | None,
+        self, story: Story, shots: range, window: Window, keyframes: Sequence[Image.Image], seed: int, on_step: OnStep
     ) -> list[Float[Tensor, "_s c"]]:
         """Tokens of the window's shots, drawn together."""
-        device, level = self.transformer.device, self.settings.keyframe_sigma
-        clean = torch.cat([self._encode(image) for image in keyframes], dim=1).to(device)  # 1 first c
-        noise = torch.cat(
-            [torch.randn(1, n, clean.shape[2], generator=g) for n, g in zip(window.sizes, generators, strict=True)], 1
-        )
-        start, first = noise.to(device), window.first.to(device)
-        start[:, first] = torch.lerp(clean, start[:, first], level)
-        drawn = euler(
-            self._velocity(window, captions), start, schedule(self.settings.steps, self.settings.shift), on_step
-        )
+        settings, device, first = self.settings, self.transformer.device, window.first
+        clean = torch.cat([self._encode(keyframes[i]) for i in shots], dim=1).to(device)  # 1 first c
+        shapes = [(1, size, clean.shape[2]) for size in window.sizes]
+        noise = [torch.randn(s, generator=seeded(seed, i, "shot")) for s, i in zip(shapes, shots, strict=True)]
+        start = torch.cat(noise, dim=1).to(device)  # 1 s c
+        start[:, first] = torch.lerp(clean, start[:, first], settings.keyframe_sigma)
+        velocity = self._velocity(window, self._captions(story, shots))
+        drawn = euler(velocity, start, schedule(settings.steps, settings.shift), on_step)
         drawn[:, first] = clean
         return list(drawn[0].split(window.sizes))
 
@@ -306,8 +239,7 @@ class Animator:
 
         def velocity(x: Float[Tensor, "1 s c"], sigma: float) -> Float[Tensor, "1 s c"]:
             tokens = repeat(x, "1 s c -> b s c", b=len(told)).to(self.transformer.dtype)
-            levels = torch.where(first, self.settings.keyframe_sigma, sigma)
-            levels = repeat(levels, "s -> b s", b=len(told))
+            levels = repeat(torch.where(first, self.settings.keyframe_sigma, sigma), "s -> b s", b=len(told))
             out = window_velocity(self.transformer, tokens, levels, states, words, window).float()
             out = out if len(told) == 1 else torch.lerp(out[1:], out[:1], scale)
             return out.masked_fill(first[:, None], 0.0)
@@ -318,15 +250,9 @@ class Animator:
     def encode_text(self, captions: Sequence[str]) -> tuple[Float[Tensor, "n t e"], Bool[Tensor, "n t"]]:
         """T5 states of captions, and which of their tokens are words; T5 sees the padding, as in stock LTX-Video."""
         length, device = self.settings.text_tokens, self.text_encoder.device
-        if longest := max(captions, key=len, default=""):
-            count = len(self.tokenizer(longest).input_ids)
-            if count > length:
-                text = f"a caption has {count} tokens and only {length} are read, shorten it: {longest[:60]!r} ..."
-                warnings.warn(text, stacklevel=2)
-        found = self.tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return self.text_encoder(found.input_ids.to(device))[0], found.attention_mask.bool().to(device)
+        warn_if_cut(self.tokenizer, max(captions, key=len), length)
+        found = tokenize(self.tokenizer, captions, length).to(device)
+        return self.text_encoder(found.input_ids)[0], found.attention_mask.bool()
 
     def _encode(self, image: Image.Image) -> Float[Tensor, "1 first c"]:
         width, height = self.settings.width, self.settings.height
@@ -337,18 +263,3 @@ class Animator:
             )
         sized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
         return encode_clips(self.vae, rearrange(to_tensor(sized), "1 c h w -> 1 c 1 h w"))
-
-    def _frames(self, tokens: Float[Tensor, "_s c"], grid: tuple[int, int]) -> list[Image.Image]:
-        clip = decode_clips(self.vae, tokens[None], grid)
-        return [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
-
-
-def _generator(seed: int, shot: int) -> torch.Generator:
-    """Randomness of one shot: on the CPU, so that every device draws the same film."""
-    digest = hashlib.blake2b(f"shot {shot} of film {seed}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _statistics(vae: AutoencoderKLLTXVideo) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
-    scale = vae.config["scaling_factor"]
-    return vae.latents_mean.float().to(vae.device), vae.latents_std.float().to(vae.device) / scale

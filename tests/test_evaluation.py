@@ -9,10 +9,17 @@ import pytest
 import tiny
 from PIL import Image
 
+from cinema import evaluation as module
 from cinema.config import TOY, Preset
-from cinema.evaluation import evaluate_stories, score_clip, score_keyframes
-from cinema.evaluation import toy as module
-from cinema.evaluation.toy import ATTRIBUTES, bootstrap, other_context, psnr
+from cinema.evaluation import (
+    ATTRIBUTES,
+    bootstrap,
+    evaluate_stories,
+    other_context,
+    psnr,
+    score_clip,
+    score_keyframes,
+)
 from cinema.keyframes import Keyframe, KeyframePlanner
 from cinema.story import Story
 from cinema.toyworld.draw import render, render_looks

@@ -46,7 +46,7 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 def test_a_single_keyframe_equals_the_stock_pipeline(folder: Path, planner: KeyframePlanner) -> None:
     stock = FluxPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, 32, tiny.CHANNELS, generator=cinema.keyframes._generator(3, 0))
+    noise = torch.randn(1, 32, tiny.CHANNELS, generator=cinema.keyframes.seeded(3, 0))
     expected = stock(
         FIVE.shots[0].caption,
         height=64,

@@ -1,13 +1,12 @@
 """Scores on the toy world: consistency is measured, since a reader recovers from pixels who is really there.
 
-A look is described at its character's first appearance only. There, what is described must be drawn
-(*attributes*); later the same look must come back from memory (*identity*). The control replaces the memory by
-another story's: whoever is still right without the right memory, is so by chance.
+A look is described at its character's first appearance only. There, what is described must be drawn (*attributes*);
+later the same look must come back from memory (*identity*). The control replaces the memory by another story's:
+whoever is still right without the right memory, is so by chance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from cinema.config import Preset
-from cinema.keyframes import KeyframePlanner
+from cinema.keyframes import KeyframePlanner, Pictures, Progress
 from cinema.story import Story
 from cinema.toyworld.reader import read_clip, read_keyframe
 from cinema.toyworld.world import Look, parse_caption, sample_movie
@@ -23,20 +22,15 @@ from cinema.toyworld.world import Look, parse_caption, sample_movie
 ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
 LOOK = ATTRIBUTES[:3]
 RESAMPLES = 2_000  # of the bootstrap
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass
 class Scores:
-    """Which of a story's claims its pictures keep.
+    """Which of a story's claims its pictures keep."""
 
-    Attributes:
-        attributes: name → right or wrong, for every first appearance.
-        identity: colour, shape and hat all right, for every later appearance.
-    """
-
+    #: name → right or wrong, for every first appearance
     attributes: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
-    identity: list[bool] = field(default_factory=list)
+    identity: list[bool] = field(default_factory=list)  #: colour, shape and hat all right, for later appearances
 
     @property
     def first(self) -> list[bool]:
@@ -46,28 +40,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class ClipScores:
-    """How a shot moves.
+    """How a shot moves."""
 
-    Attributes:
-        actions: for every character of the caption, whether its action is the captioned one.
-        camera: whether the camera's move is.
-        psnr: of the first frame against the keyframe, in dB, at most 100; None without a keyframe.
-    """
-
-    actions: list[bool]
-    camera: bool
-    psnr: float | None
+    actions: list[bool]  #: for every character of the caption, whether its action is the captioned one
+    camera: bool  #: whether the camera's move is
+    psnr: float | None  #: of the first frame against the keyframe, in dB, at most 100; None without a keyframe
 
 
 def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None]) -> Scores:
-    """Score a story's keyframes against its captions, which say all that there is to know.
+    """Score a story's keyframes, of any size, against its captions, which say all that there is to know.
 
-    Args:
-        captions: the story's, in order, in the shot list's language.
-        images: one per caption, of any size; None leaves a shot out.
-
-    Raises:
-        ValueError: a caption is not in that language, or there is not one image per caption.
+    None leaves a shot out. ValueError if a caption is not in the shot list's language or has no image.
     """
     scores, looks = Scores(), dict[str, Look]()
     for caption, image in zip(captions, images, strict=True):
@@ -91,20 +74,13 @@ def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None
 
 
 def score_clip(frames: Sequence[Image.Image], caption: str, keyframe: Image.Image | None = None) -> ClipScores:
-    """Score a shot's motion against its caption; who is seen in the first frame is the one who should act.
+    """Score the motion of a shot of 5 or more frames; who is seen in the first is the one who should act.
 
-    Args:
-        frames: the whole shot, at least 5 frames.
-        caption: in the shot list's language.
-        keyframe: what the shot should begin with, as large as the frames.
-
-    Raises:
-        ValueError: too few frames, another caption language, or a keyframe of another size.
+    ValueError: too few frames, a caption in another language than the shot list's, or a keyframe of another size.
     """
     setup, _ = parse_caption(caption)
     seen = read_keyframe(frames[0], setup)
-    cast = {actor.tag: found.look for actor in setup.actors if (found := seen.actor(actor.tag))}
-    clip = read_clip(frames, setup, cast)
+    clip = read_clip(frames, setup, {a.tag: found.look for a in setup.actors if (found := seen.actor(a.tag))})
     right = [clip.actions.get(actor.tag) == actor.action for actor in setup.actors]
     return ClipScores(right, clip.camera == setup.camera, None if keyframe is None else psnr(frames[0], keyframe))
 
@@ -122,25 +98,19 @@ def evaluate_stories(
 ) -> dict[str, Any]:
     """Plan held-out stories and score them; and each story's last shot again, after another story's keyframes.
 
-    Args:
-        stories: how many; below 2 there is no other story, and no control.
-        shots: shots a story; in one shot nobody can come back.
-        seed: of the stories and of their pictures.
-        on_progress: told (keyframes drawn, of how many, message).
+    With one story there is no other, and no control; in one shot nobody can come back. `seed` is of the stories and
+    of their pictures; progress counts keyframes. UserError if the preset's weights cannot be loaded.
 
     Returns:
         Shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of characters who
         come back in the last shot), `wrong_context_identity` (of the same, by the control), with 95 % bootstrap
         intervals over stories in `ci95` and numbers of judgements in `counts`. None where nothing was judged.
-
-    Raises:
-        UserError: the preset's weights cannot be loaded.
     """
     planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
     told = [sample_movie(f"heldout/{seed}/{i}", shots).story() for i in range(stories)]
     done, total = 0, stories * shots + (stories if stories > 1 else 0)
 
-    def draw(story: Story, known: dict[int, Image.Image], what: str) -> list[Image.Image]:
+    def draw(story: Story, known: Pictures, what: str) -> list[Image.Image]:
         nonlocal done
         images = []
         for keyframe in planner.iterate(story, seed, None, known):
@@ -165,9 +135,8 @@ def other_context(story: Story, other: Story) -> Story:
     """The last shot of a story after all but the last of another's, as if that were what happened before."""
     cast = {c.tag: c for c in [*other.cast, *story.cast]}
     sets = {p.name: p for p in [*other.sets, *story.sets]}
-    return Story(
-        title=story.title, cast=[*cast.values()], sets=[*sets.values()], shots=[*other.shots[:-1], story.shots[-1]]
-    )
+    shots = [*other.shots[:-1], story.shots[-1]]
+    return Story(title=story.title, cast=[*cast.values()], sets=[*sets.values()], shots=shots)
 
 
 def _captions(story: Story) -> list[str]:
@@ -180,24 +149,19 @@ def _last(story: Story, image: Image.Image) -> list[bool]:
 
 
 def _summary(scores: list[Scores], last: list[list[bool]], wrong: list[list[bool]]) -> dict[str, Any]:
-    judged = {
-        "attributes": [s.first for s in scores],
-        "identity": [s.identity for s in scores],
-        "last_identity": last,
-        "wrong_context_identity": wrong,
-    }
-    by_attribute = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
+    judged = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
+    judged |= {"last_identity": last, "wrong_context_identity": wrong}
     return {
         **{name: _share(rows) for name, rows in judged.items()},
-        "by_attribute": by_attribute,
+        "by_attribute": {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES},
         "ci95": {name: bootstrap(rows) for name, rows in judged.items()},
         "counts": {name: sum(map(len, rows)) for name, rows in judged.items()},
     }
 
 
 def _share(rows: list[list[bool]]) -> float | None:
-    flat = list(chain.from_iterable(rows))
-    return sum(flat) / len(flat) if flat else None
+    count = sum(map(len, rows))
+    return sum(map(sum, rows)) / count if count else None
 
 
 def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | None:
