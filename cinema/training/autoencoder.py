@@ -1,7 +1,4 @@
-"""The image autoencoder: a small `AutoencoderKL`, trained on frames of the toy world.
-
-The losses, the latents' sampling and the kernels for Muon serve the video autoencoder too.
-"""
+"""The image autoencoder: a small `AutoencoderKL`, trained on frames; its learner and losses serve video's too."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,16 +99,8 @@ def whiten(vae: AutoencoderKL, frames: Float[Tensor, "n 3 h w"], floor: float = 
     first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight, back))
 
 
-class _Kernel(nn.Module):
+class _Kernel(nn.Unflatten):
     """A matrix (out, in k k) seen as a convolution's kernel (out, in, k, k)."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, matrix: Tensor) -> Tensor:
-        """Matrix → kernel."""
-        return matrix.reshape(self.shape)
 
     def right_inverse(self, kernel: Tensor) -> Tensor:
         """Kernel → matrix."""
@@ -122,7 +111,7 @@ def flatten_kernels(model: nn.Module) -> None:
     """Keep the kernels of convolutions inside blocks as matrices, so that Muon takes them."""
     for name, module in list(model.named_modules()):
         if "blocks." in name and isinstance(module, nn.Conv2d | nn.Conv3d):
-            parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
+            parametrize.register_parametrization(module, "weight", _Kernel(1, module.weight.shape[1:]))
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,16 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cinema.errors import UserError
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Stage(_Strict):
+class Stage(BaseModel, extra="forbid"):
     """One stage of progressive training; its steps are optimiser steps."""
 
     steps: int = Field(gt=0)
@@ -24,7 +20,7 @@ class Stage(_Strict):
     lr: float = Field(default=1.0, gt=0)  #: factor on the run's learning rates
 
 
-class TrainConfig(_Strict):
+class TrainConfig(BaseModel, extra="forbid"):
     """A training run."""
 
     task: str  #: what is trained, one of ``cinema.training.TASKS``

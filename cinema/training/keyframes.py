@@ -15,7 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float
 from torch import Tensor, nn
 from transformers import CLIPModel, T5EncoderModel
 
@@ -34,42 +34,29 @@ from cinema.transformer import InterleavedFluxTransformer, PairGroup
 SHARD = 50  # movies per file
 
 
-class StoryStore:
-    """Latents of toy movies at several levels, drawn and encoded once.
+def story_latents(
+    folder: Path, vae: AutoencoderKL, seed: int, movies: int, shots: int, sides: tuple[int, ...]
+) -> dict[str, BFloat16[Tensor, "n m _s c"]]:
+    """Latents of `movies` toy movies of `shots` shots, at several GoldenMem levels; encoded once, kept in `folder`.
 
-    Args:
-        folder: where the shards are; each names the autoencoder and the levels that it belongs to, and the seed.
-        vae: encodes the frames.
-        movies, shots: how many movies there are, and shots in each.
-        sides: short sides of the levels, in patches of 16 pixels; the first is the frame's own.
+    `sides` are the short sides of the levels, in patches of 16 pixels; the first is the frame's own.
     """
 
-    def __init__(
-        self, folder: Path, vae: AutoencoderKL, seed: int, movies: int, shots: int, sides: tuple[int, ...]
-    ) -> None:
-        self.vae, self.seed, self.movies, self.shots, self.sides = vae, seed, movies, shots, sides
-        stem = folder / f"stories-{fingerprint(vae, sides)}-{seed}-{shots}"
-        self.latents = load_shards(stem, movies, SHARD, self._encode)
-
-    def window(self, index: int, shots: list[int], layout: Layout) -> tuple[list[str], list[Float[Tensor, "_p _s c"]]]:
-        """Some shots of a movie, told as a film of their own: captions, and latents by level of the layout."""
-        movie = _movie(self.seed, index, self.shots)
-        told = replace(movie, shots=[movie.shots[i] for i in shots])
-        by_level = [(self.latents[str(side)][index], pairs) for side, pairs in layout.by_level()]
-        return told.captions(), [latents[[shots[i] for i in pairs]].float() for latents, pairs in by_level]
-
-    def _encode(self, indices: range) -> dict[str, Tensor]:
-        movies = (_movie(self.seed, i, self.shots) for i in indices)
-        frames, levels = to_tensor([render(m, shot) for m in movies for shot in m.shots]), {}
-        for side in self.sides:
-            small = frames if side == self.sides[0] else shrink(frames, side)
-            tokens = torch.cat([encode_frames(self.vae, chunk) for chunk in small.split(32)])
-            levels[str(side)] = rearrange(tokens, "(n m) s c -> n m s c", m=self.shots).to(torch.bfloat16).contiguous()
+    def encode(indices: range) -> dict[str, Tensor]:
+        drawn = (training_movie(seed, i, shots) for i in indices)
+        frames, levels = to_tensor([render(m, shot) for m in drawn for shot in m.shots]), {}
+        for side in sides:
+            small = frames if side == sides[0] else shrink(frames, side)
+            tokens = torch.cat([encode_frames(vae, chunk) for chunk in small.split(32)]).to(torch.bfloat16)
+            levels[str(side)] = rearrange(tokens, "(n m) s c -> n m s c", m=shots).contiguous()
         return levels
+
+    return load_shards(folder / f"stories-{fingerprint(vae, sides)}-{seed}-{shots}", movies, SHARD, encode)
 
 
 @lru_cache(maxsize=8192)
-def _movie(seed: int, index: int, shots: int) -> Movie:
+def training_movie(seed: int, index: int, shots: int) -> Movie:
+    """A toy movie of the training set."""
     return sample_movie(f"train/{seed}/{index}", shots)
 
 
@@ -126,7 +113,7 @@ class KeyframeTask:
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.seed, self.shift = seed, shift
+        self.seed, self.movies, self.shots, self.shift = seed, movies, shots, shift
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
         self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
         self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
@@ -135,7 +122,7 @@ class KeyframeTask:
         full = {"subfolder": "transformer", "torch_dtype": torch.float32}
         self.model = KeyframeLearner(kind.from_pretrained(init, **full) if init else small_flux(**shape))
         sides = tuple(side for side, _ in self._layout(shots, self.settings.memory_group).by_level())
-        self.store = StoryStore(Path(cache), self.vae, seed, movies, shots, sides)
+        self.latents = story_latents(Path(cache), self.vae, seed, movies, shots, sides)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Mean squared velocity error of the pairs that learn."""
@@ -176,14 +163,20 @@ class KeyframeTask:
         s = self.settings
         return Layout(pairs, s.height // PATCH, s.memory_levels, group or pairs, s.memory_ratio)
 
-    def _windows(self, rng: random.Random, stage: Stage, layout: Layout) -> tuple[list[list[str]], list[Tensor]]:
+    def _windows(
+        self, rng: random.Random, stage: Stage, layout: Layout
+    ) -> tuple[list[list[str]], list[Float[Tensor, "b _p _s c"]]]:
+        """Some shots of some movies, each told as a film of its own: captions, and latents by level."""
         captions, windows = [], []
         for _ in range(stage.batch):
-            shots = sample_shots(rng, self.store.shots, stage.pairs)
-            lines, latents = self.store.window(rng.randrange(self.store.movies), shots, layout)
+            shots = sample_shots(rng, self.shots, stage.pairs)
+            index = rng.randrange(self.movies)
+            movie = training_movie(self.seed, index, self.shots)
+            lines = replace(movie, shots=[movie.shots[i] for i in shots]).captions()
             captions.append(["" if rng.random() < self.caption_dropout else line for line in lines])
-            windows.append(latents)
-        return captions, [torch.stack(level) for level in zip(*windows, strict=True)]
+            levels = ((self.latents[str(side)][index], pairs) for side, pairs in layout.by_level())
+            windows.append([latents[[shots[i] for i in pairs]] for latents, pairs in levels])
+        return captions, [torch.stack(level).float() for level in zip(*windows, strict=True)]
 
     def _noise(
         self, stage: Stage, layout: Layout, generator: torch.Generator

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from cinema.errors import UserError
 from cinema.files import atomic, write_json, write_text
 from cinema.training.config import Stage, TrainConfig
-from cinema.training.optim import make_optimizers
 
 Progress = Callable[[int, int, str], None]
+BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
 
 
 @runtime_checkable
@@ -41,26 +41,25 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Loss of the batch that belongs to this step, and figures to log."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the current weights as a diffusers or transformers folder."""
-        ...
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Write a picture that shows what the current weights can do."""
-        ...
 
 
 @dataclass
 class Run:
-    """A training run in progress: the task, its optimisers, the averaged weights and the step to do next."""
+    """A training run in progress: the averaged weights are `ema`, the step to do next is `step`."""
 
     config: TrainConfig
     task: Task
     out: Path
-    optimizers: list[torch.optim.Optimizer]
+    model: nn.Module  # the task's, wrapped
+    optimizers: list[Any]
     ema: dict[str, Tensor]
+    accelerator: Accelerator
     step: int = 0
 
 
@@ -73,13 +72,9 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
     Raises:
         UserError: `out` holds another run, or the loss is not a number any more.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    task.model.to(accelerator.device)
     run = _start(config, task, out, resume)
-    learner = HalfPrecision(task.model) if config.precision == "bf16" else task.model
-    model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
     with _log(out, run.step) as log:
-        _train(run, model, accelerator, log, on_progress)
+        _train(run, log, on_progress)
     with averaged(run):
         task.save(out / "weights")
         task.sample(out / "samples" / "final.png", config.stages[-1])
@@ -126,24 +121,22 @@ def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
         raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
     write_json(kept, told)
     (out / "samples").mkdir(exist_ok=True)
-    ema = {k: v.detach().clone() for k, v in task.model.state_dict().items()}
-    run = Run(config, task, out, make_optimizers(config, task.model), ema)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    model = task.model.to(accelerator.device)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    run = Run(config, task, out, model, make_optimizers(config, model), ema, accelerator)
     if newest:
         _load_checkpoint(run, newest)
+    learner = HalfPrecision(model) if config.precision == "bf16" else model
+    run.model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
     return run
 
 
-def _train(
-    run: Run,
-    model: nn.Module,
-    accelerator: Accelerator,
-    log: Callable[[int, dict[str, float]], None],
-    on_progress: Progress | None,
-) -> None:
+def _train(run: Run, log: Callable[[int, dict[str, float]], None], on_progress: Progress | None) -> None:
     config, clock, since = run.config, time.monotonic(), run.step
     while run.step < config.total_steps:
         stage = config.stage_at(run.step)
-        figures = _one_step(run, model, stage, accelerator)
+        figures = _one_step(run, stage)
         run.step += 1
         last = run.step == config.total_steps
         if last or run.step % config.log_every == 0:
@@ -160,10 +153,10 @@ def _train(
             _save_checkpoint(run)
 
 
-def _one_step(run: Run, model: nn.Module, stage: Stage, accelerator: Accelerator) -> dict[str, float]:
-    model.train()
+def _one_step(run: Run, stage: Stage) -> dict[str, float]:
+    run.model.train()
     torch.manual_seed(hash((run.config.seed, run.step)) % 2**31)  # dropout, if a model has any
-    loss, figures = run.task.loss(model, stage, run.step)
+    loss, figures = run.task.loss(run.model, stage, run.step)
     value, rate = loss.item(), run.config.rate(run.step)
     if not math.isfinite(value):
         good = latest_checkpoint(run.out)
@@ -173,24 +166,44 @@ def _one_step(run: Run, model: nn.Module, stage: Stage, accelerator: Accelerator
         )
     for optimizer in run.optimizers:
         optimizer.zero_grad()
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), run.config.grad_clip)
+    run.accelerator.backward(loss)
+    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
         optimizer.step()
-    _average(run)
+    with torch.no_grad():
+        decay = min(run.config.ema, (1 + run.step) / (10 + run.step))
+        own = {k: v for k, v in run.task.model.state_dict().items() if v.is_floating_point()}
+        torch._foreach_lerp_([run.ema[k] for k in own], list(own.values()), 1 - decay)
     return {"loss": value, "grad_norm": float(norm), "rate": rate, **figures}
 
 
-@torch.no_grad()
-def _average(run: Run) -> None:
-    decay = min(run.config.ema, (1 + run.step) / (10 + run.step))
-    own = {k: v for k, v in run.task.model.state_dict().items() if v.is_floating_point()}
-    torch._foreach_lerp_([run.ema[k] for k in own], list(own.values()), 1 - decay)
+# --- optimisers, checkpoints and logs -------------------------------------------------------------------------
 
 
-# --- checkpoints and logs -------------------------------------------------------------------------------------
+def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest; groups carry `base_lr`.
+
+    Muon orthogonalises the update of a matrix. It suits the dense matrices inside transformer blocks; embeddings,
+    modulation, norms and the output layer stay with AdamW.
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        odd = any(x in name for x in ("norm", "scale_shift", "conv_shortcut"))
+        dense = config.muon_lr and parameter.ndim == 2 and "blocks." in name and not odd
+        parts["dense" if dense else "bias" if "relative_attention_bias" in name else "rest"].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": parts["rest"], "lr": config.lr}]
+    if parts["bias"]:  # logits that must grow to 5 or so before a head looks at one neighbour
+        groups.append({"params": parts["bias"], "lr": BIAS_RATE * config.lr, "weight_decay": 0.0})
+    decay: Any = {"weight_decay": config.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True, **decay)]
+    if config.muon_lr and parts["dense"]:
+        muon = torch.optim.Muon(parts["dense"], config.muon_lr, momentum=0.95, adjust_lr_fn="match_rms_adamw", **decay)
+        optimizers.append(muon)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["base_lr"] = group["lr"]
+    return optimizers
 
 
 def latest_checkpoint(out: Path) -> Path | None:

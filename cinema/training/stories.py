@@ -49,14 +49,10 @@ def sample_shots(rng: random.Random, available: int, count: int, stride: int = 3
     """
     if count > available:
         raise UserError(f"a stage of {count} pairs, but the films have {available} shots; lower pairs or raise shots")
-    shots, room = [], available - count
-    at = rng.randint(0, room)
-    room -= at
-    for _ in range(count):
+    shots, at = [], rng.randint(0, available - count)
+    for left in reversed(range(count)):
         shots.append(at)
-        step = rng.randint(1, min(stride, room + 1))
-        room -= step - 1
-        at += step
+        at += rng.randint(1, min(stride, available - left - at))
     return shots
 
 

@@ -28,9 +28,8 @@ def vocabulary() -> list[str]:
     """Every word of the shot list, then single characters, so that any text can be spelled."""
     words = [*SIZES, *PLACES, *POSITIONS, *ACTIONS, *COLOURS, *SHAPES, *HATS, *" ".join(CAMERAS).split(), "shot"]
     letters = ascii_lowercase + digits + "<>-_'"
-    return list(
-        dict.fromkeys([PAD, END, START, UNKNOWN, *TOY.tags, *words, *letters, *(f"##{letter}" for letter in letters)])
-    )
+    pieces = [*TOY.tags, *words, *letters, *(f"##{x}" for x in letters)]
+    return list(dict.fromkeys([PAD, END, START, UNKNOWN, *pieces]))
 
 
 def make_tokenizer(start: bool) -> PreTrainedTokenizerFast:

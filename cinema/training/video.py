@@ -33,13 +33,7 @@ SHARD = 25  # movies per file
 
 
 class ClipStore:
-    """Latents "n m s c" of toy movies' shots, drawn and encoded once.
-
-    Args:
-        folder: where the shards are; each names the autoencoder that it belongs to, and the seed.
-        vae: encodes the clips.
-        movies, shots: how many movies there are, and shots in each.
-    """
+    """`movies` toy movies of `shots` shots and their latents "n m s c", encoded once and kept in `folder`."""
 
     def __init__(self, folder: Path, vae: AutoencoderKLLTXVideo, seed: int, movies: int, shots: int) -> None:
         self.vae, self.seed, self.movies, self.shots = vae, seed, movies, shots
@@ -141,11 +135,8 @@ class VideoTask:
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
         """Shots of unseen movies, five moments of each: as the toy world draws them, then as this model does."""
-        movie, height, last = (
-            sample_movie("sample/0", self.settings.window),
-            self.settings.height,
-            self.settings.frames - 1,
-        )
+        movie = sample_movie("sample/0", self.settings.window)
+        height, last = self.settings.height, self.settings.frames - 1
         moments, rows = [round(i * last / 4) for i in range(5)], []
         keyframes = [render(movie, shot, height) for shot in movie.shots]
         for index, frames in self.animator.animate(movie.story(), keyframes):

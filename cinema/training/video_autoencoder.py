@@ -46,8 +46,8 @@ class VideoAutoencoderTask:
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.seed, self.height, self.frames, self.stills = seed, height, frames, stills
-        self.first, self.motion = first, motion
+        self.seed, self.height, self.frames = seed, height, frames
+        self.stills, self.first, self.motion = stills, first, motion
         vae = AutoencoderKLLTXVideo.from_pretrained(init) if init else small_video_autoencoder(**shape)
         self.model = AutoencoderLearner(vae)
 
