@@ -28,9 +28,8 @@ from cinema.training.autoencoder import (
     to_tensor,
     whiten,
 )
-from cinema.training.checkpoint import latest_checkpoint
 from cinema.training.config import Stage, TrainConfig, load_config
-from cinema.training.loop import HalfPrecision, run_training
+from cinema.training.loop import HalfPrecision, latest_checkpoint, run_training
 from cinema.training.stories import fingerprint, sample_shots
 from cinema.training.text import (
     T5Task,

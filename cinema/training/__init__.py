@@ -8,21 +8,19 @@ from cinema.training.config import load_config
 from cinema.training.loop import Progress, Run, Task, run_training
 
 TASKS = {
-    "autoencoder": "cinema.training.autoencoder:AutoencoderTask",
-    "clip": "cinema.training.text:ClipTask",
-    "t5": "cinema.training.text:T5Task",
-    "keyframes": "cinema.training.keyframes:KeyframeTask",
-    "video": "cinema.training.video:VideoTask",
-    "video_autoencoder": "cinema.training.video_autoencoder:VideoAutoencoderTask",
+    "autoencoder": "autoencoder:AutoencoderTask",
+    "clip": "text:ClipTask",
+    "t5": "text:T5Task",
+    "keyframes": "keyframes:KeyframeTask",
+    "video": "video:VideoTask",
+    "video_autoencoder": "video_autoencoder:VideoAutoencoderTask",
 }
 
 
 def train(config: Path, out: Path, resume: bool = False, on_progress: Progress | None = None) -> Run:
     """Train what the YAML file `config` describes, in folder `out`; see `run_training`."""
-    settings = load_config(config)
-    return run_training(
-        settings, make_task(settings.task, settings.seed, settings.init, settings.options), out, resume, on_progress
-    )
+    told = load_config(config)
+    return run_training(told, make_task(told.task, told.seed, told.init, told.options), out, resume, on_progress)
 
 
 def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
@@ -38,7 +36,7 @@ def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
     if missing := [f"{key}: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]:
         raise UserError(f"task {name}: there is no folder {missing[0]!r}; train that part first, or correct the path")
     try:
-        return getattr(import_module(module), kind)(seed=seed, init=init, **options)
+        return getattr(import_module(f"cinema.training.{module}"), kind)(seed=seed, init=init, **options)
     except TypeError as error:
         if "argument" not in str(error):
             raise  # a fault of ours, not of the options

@@ -6,31 +6,58 @@ remembered. Some full-size pairs are nearly clean as well, as context is at infe
 
 import copy
 import random
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float
 from torch import Tensor, nn
 from transformers import CLIPModel, T5EncoderModel
 
 from cinema.config import TOY
 from cinema.flow import add_noise, sample_sigma, velocity
-from cinema.goldenmem import PATCH, Layout, coordinates
-from cinema.keyframes import KeyframePlanner, TextEncoders
+from cinema.goldenmem import PATCH, Layout, coordinates, shrink
+from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames
 from cinema.toyworld.draw import render
-from cinema.toyworld.world import sample_movie
-from cinema.training.autoencoder import to_image, to_tensor
+from cinema.toyworld.world import Movie, sample_movie
+from cinema.training.autoencoder import sheet, to_tensor
 from cinema.training.config import Stage
-from cinema.training.stories import StoryStore, sample_shots
+from cinema.training.stories import fingerprint, load_shards, sample_shots, save_pipeline
 from cinema.training.text import clip_text_tower, make_tokenizer, tokenize
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
-EMPTY = ""
+SHARD = 50  # movies per file
+
+
+def story_latents(
+    folder: Path, vae: AutoencoderKL, seed: int, movies: int, shots: int, sides: tuple[int, ...]
+) -> dict[str, BFloat16[Tensor, "n m _s c"]]:
+    """Latents of `movies` toy movies of `shots` shots, at several GoldenMem levels; encoded once, kept in `folder`.
+
+    `sides` are the short sides of the levels, in patches of 16 pixels; the first is the frame's own.
+    """
+
+    def encode(indices: range) -> dict[str, Tensor]:
+        drawn = (training_movie(seed, i, shots) for i in indices)
+        frames, levels = to_tensor([render(m, shot) for m in drawn for shot in m.shots]), {}
+        for side in sides:
+            small = frames if side == sides[0] else shrink(frames, side)
+            tokens = torch.cat([encode_frames(vae, chunk) for chunk in small.split(32)]).to(torch.bfloat16)
+            levels[str(side)] = rearrange(tokens, "(n m) s c -> n m s c", m=shots).contiguous()
+        return levels
+
+    return load_shards(folder / f"stories-{fingerprint(vae, sides)}-{seed}-{shots}", movies, SHARD, encode)
+
+
+@lru_cache(maxsize=8192)
+def training_movie(seed: int, index: int, shots: int) -> Movie:
+    """A toy movie of the training set."""
+    return sample_movie(f"train/{seed}/{index}", shots)
 
 
 class KeyframeLearner(nn.Module):
@@ -47,21 +74,14 @@ class KeyframeLearner(nn.Module):
         pooled: Float[Tensor, "b pairs f"],
         sigma: Float[Tensor, "b pairs"],
         layout: Layout,
-    ) -> list[Float[Tensor, "b _p _s c"]]:
-        """Velocities of the noised latents, one tensor per level of the layout."""
+    ) -> Float[Tensor, "b _p _s c"]:
+        """Velocities of the noised latents at the finest level of the layout, in float32; `latents` go by level."""
         dtype, groups = self.transformer.proj_out.weight.dtype, []
         for noised, (side, pairs) in zip(latents, layout.by_level(), strict=True):
-            groups.append(
-                PairGroup(
-                    latents=noised.to(dtype),
-                    text=text[:, pairs].to(dtype),
-                    pooled=pooled[:, pairs].to(dtype),
-                    sigma=sigma[:, pairs],
-                    ids=coordinates(side, layout.sides[-1]).to(noised.device),
-                    index=torch.tensor(pairs),
-                )
-            )
-        return [v.float() for v in self.transformer.forward_pairs(groups, causal=True)]
+            ids, index = coordinates(side, layout.sides[-1]).to(noised.device), torch.tensor(pairs)
+            words = text[:, pairs].to(dtype), pooled[:, pairs].to(dtype)
+            groups.append(PairGroup(noised.to(dtype), *words, sigma[:, pairs], ids, index))
+        return self.transformer.forward_pairs(groups, causal=True)[0].float()
 
 
 class KeyframeTask:
@@ -71,11 +91,13 @@ class KeyframeTask:
         vae, clip, t5: folders of the trained autoencoder, CLIP and T5, which stay as they are.
         cache: folder for the encoded stories.
         movies, shots: size of the training set.
-        context: share of the newest pairs (the last one excepted) that are nearly clean context.
-        context_sigma: upper bound of the context's noise.
-        caption_dropout: share of captions left empty, for guidance.
         shift: time shift of the training noise.
     """
+
+    context = 0.35  # share of the newest pairs (the last one excepted) that are nearly clean context
+    context_sigma = 0.25  # upper bound of the context's noise
+    caption_dropout = 0.08  # share of captions left empty, for guidance
+    settings = TOY.keyframes
 
     def __init__(
         self,
@@ -87,23 +109,20 @@ class KeyframeTask:
         cache: str,
         movies: int = 2000,
         shots: int = 12,
-        context: float = 0.35,
-        context_sigma: float = 0.25,
-        caption_dropout: float = 0.08,
         shift: float = 4.0,
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.seed, self.context, self.context_sigma = seed, context, context_sigma
-        self.caption_dropout, self.shift = caption_dropout, shift
-        self.settings = TOY.keyframes
+        self.seed, self.movies, self.shots, self.shift = seed, movies, shots, shift
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
         self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
         self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
         self.t5 = T5EncoderModel.from_pretrained(t5, torch_dtype=torch.float32).eval().requires_grad_(False)
-        self.model = KeyframeLearner(self._transformer(init) if init else small_flux(**shape))
+        kind: Any = InterleavedFluxTransformer
+        full = {"subfolder": "transformer", "torch_dtype": torch.float32}
+        self.model = KeyframeLearner(kind.from_pretrained(init, **full) if init else small_flux(**shape))
         sides = tuple(side for side, _ in self._layout(shots, self.settings.memory_group).by_level())
-        self.store = StoryStore(Path(cache), self.vae, seed, movies, shots, sides)
+        self.latents = story_latents(Path(cache), self.vae, seed, movies, shots, sides)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Mean squared velocity error of the pairs that learn."""
@@ -112,36 +131,21 @@ class KeyframeTask:
         captions, latents = self._windows(rng, stage, layout)
         sigma, learns = self._noise(stage, layout, noise_rng)
         noise = [torch.randn(x.shape, generator=noise_rng) for x in latents]
-        pairs = [p for _, p in layout.by_level()]
+        pairs = [p for _, p in layout.by_level()]  # the finest level comes first, and it alone learns
         noised = [add_noise(x, n, sigma[:, p]) for x, n, p in zip(latents, noise, pairs, strict=True)]
-        text, pooled = self._text(captions)
         device = next(model.parameters()).device
-        told = (x.to(device) for x in (text, pooled, sigma))
-        predicted = [v.cpu() for v in model([x.to(device) for x in noised], *told, layout)]
-        error, count = torch.zeros(()), 0
-        for v, x, n, p in zip(predicted, latents, noise, pairs, strict=True):
-            per_pair = (v - velocity(x, n)).square().mean((2, 3))
-            error, count = error + (per_pair * learns[:, p]).sum(), count + int(learns[:, p].sum())
-        newest = predicted[0][:, -1] - velocity(latents[0][:, -1], noise[0][:, -1])  # the finest level comes first
-        return error / count, {"newest": newest.square().mean().item()}
+        told = (x.to(device) for x in (*self._text(captions), sigma))
+        predicted = model([x.to(device) for x in noised], *told, layout).cpu()
+        error, learns = predicted - velocity(latents[0], noise[0]), learns[:, pairs[0]]
+        loss = (error.square().mean((2, 3)) * learns).sum() / learns.sum()
+        return loss, {"newest": error[:, -1].square().mean().item()}
 
     def save(self, folder: Path) -> None:
         """Write a folder that stock `FluxPipeline.from_pretrained` loads, in bfloat16."""
-        pipeline = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.settings.shift),
-            vae=self.vae,
-            text_encoder=self.clip,
-            tokenizer=self.clip_tokenizer,  # type: ignore[arg-type]
-            text_encoder_2=self.t5,
-            tokenizer_2=self.t5_tokenizer,
-            transformer=self.model.transformer.stock(),
-        )
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module):
-                _save_half(part, folder / name)
-            elif part is not None:
-                part.save_pretrained(folder / name)
-        pipeline.save_config(folder)
+        text = {"text_encoder": self.clip, "tokenizer": self.clip_tokenizer}
+        text |= {"text_encoder_2": self.t5, "tokenizer_2": self.t5_tokenizer}
+        transformer = self.model.transformer.stock()
+        save_pipeline(FluxPipeline, folder, self.settings.shift, vae=self.vae, transformer=transformer, **text)
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Held-out stories as the toy world draws them, each above the same story as this model plans it."""
@@ -153,25 +157,31 @@ class KeyframeTask:
             movie = sample_movie(f"heldout/sample/{seed}", stage.pairs)
             rows.append([render(movie, shot, self.settings.height) for shot in movie.shots])
             rows.append([keyframe.image for keyframe in planner.plan(movie.story(), seed)])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_image(torch.cat([torch.cat(list(to_tensor(row)), 2) for row in rows], 1)).save(path)
+        sheet(rows).save(path)
 
-    def _layout(self, pairs: int, group: int | None = None) -> Layout:
+    def _layout(self, pairs: int, group: int | None) -> Layout:
         s = self.settings
         return Layout(pairs, s.height // PATCH, s.memory_levels, group or pairs, s.memory_ratio)
 
-    def _windows(self, rng: random.Random, stage: Stage, layout: Layout) -> tuple[list[list[str]], list[Tensor]]:
-        captions, levels = [], []
+    def _windows(
+        self, rng: random.Random, stage: Stage, layout: Layout
+    ) -> tuple[list[list[str]], list[Float[Tensor, "b _p _s c"]]]:
+        """Some shots of some movies, each told as a film of its own: captions, and latents by level."""
+        captions, windows = [], []
         for _ in range(stage.batch):
-            shots = sample_shots(rng, self.store.shots, stage.pairs)
-            lines, latents = self.store.window(rng.randrange(self.store.movies), shots)
-            captions.append([EMPTY if rng.random() < self.caption_dropout else line for line in lines])
-            levels.append([latents[side][pairs] for side, pairs in layout.by_level()])
-        return captions, [torch.stack(level).float() for level in zip(*levels, strict=True)]
+            shots = sample_shots(rng, self.shots, stage.pairs)
+            index = rng.randrange(self.movies)
+            movie = training_movie(self.seed, index, self.shots)
+            lines = replace(movie, shots=[movie.shots[i] for i in shots]).captions()
+            captions.append(["" if rng.random() < self.caption_dropout else line for line in lines])
+            levels = ((self.latents[str(side)][index], pairs) for side, pairs in layout.by_level())
+            windows.append([latents[[shots[i] for i in pairs]] for latents, pairs in levels])
+        return captions, [torch.stack(level).float() for level in zip(*windows, strict=True)]
 
     def _noise(
         self, stage: Stage, layout: Layout, generator: torch.Generator
     ) -> tuple[Float[Tensor, "b pairs"], Float[Tensor, "b pairs"]]:
+        """Noise level of each pair, and 1 where it learns."""
         shape = (stage.batch, stage.pairs)
         sigma = sample_sigma(shape, generator, shift=self.shift)
         learns = torch.rand(shape, generator=generator) >= self.context
@@ -188,34 +198,19 @@ class KeyframeTask:
         p = len(captions[0])
         return rearrange(states, "(b p) t e -> b p t e", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
 
-    @staticmethod
-    def _transformer(folder: str) -> InterleavedFluxTransformer:
-        full = {"torch_dtype": torch.float32}
-        return InterleavedFluxTransformer.from_pretrained(folder, subfolder="transformer", **full)
-
 
 def small_flux(
     double: int = 2, single: int = 7, heads: int = 4, head_dim: int = 48, text: int = 128
 ) -> InterleavedFluxTransformer:
     """A Flux with few parameters; modulations and output start at zero, so that every block starts as identity."""
-    axis = head_dim // 3
+    # fmt: off
     model = InterleavedFluxTransformer(
-        in_channels=64,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=head_dim,
-        num_attention_heads=heads,
-        joint_attention_dim=text,
-        pooled_projection_dim=text,
-        guidance_embeds=False,
-        axes_dims_rope=(axis, axis, axis),
+        in_channels=64, num_layers=double, num_single_layers=single, attention_head_dim=head_dim,
+        num_attention_heads=heads, joint_attention_dim=text, pooled_projection_dim=text, guidance_embeds=False,
+        axes_dims_rope=(head_dim // 3,) * 3,
     )
+    # fmt: on
     for name, parameter in model.named_parameters():
         if ("norm" in name and "linear" in name) or name.startswith("proj_out"):
             nn.init.zeros_(parameter)
     return model
-
-
-def _save_half(module: nn.Module, folder: Path) -> None:
-    """Write a module in bfloat16 and leave it as it is."""
-    copy.deepcopy(module).to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]

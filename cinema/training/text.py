@@ -13,29 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from cinema.config import TOY
 from cinema.files import write_text
-from cinema.toyworld.world import (
-    ACTIONS,
-    CAMERAS,
-    COLOURS,
-    HATS,
-    PLACES,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    sample_movie,
-)
+from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, HATS, PLACES, POSITIONS, SHAPES, SIZES, sample_movie
 from cinema.training.autoencoder import frames_of_step, to_image
 from cinema.training.config import Stage
 
@@ -50,45 +32,40 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([PAD, END, START, UNKNOWN, *pieces]))
 
 
-def make_tokenizer(start: bool, length: int = TOY.keyframes.text_tokens) -> PreTrainedTokenizerFast:
+def make_tokenizer(start: bool) -> PreTrainedTokenizerFast:
     """A word-piece tokenizer that drops punctuation and case; T5 has no start token, CLIP has one."""
     ids = {word: i for i, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, max_input_chars_per_word=64))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,:;!?]"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece()
-    single = f"{START} $A {END}" if start else f"$A {END}"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[(t, ids[t]) for t in (START, END)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        bos_token=START,
-        unk_token=UNKNOWN,
-        model_max_length=length,
-    )
+    core = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, max_input_chars_per_word=64))
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,:;!?]"), " ")])
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.WordPiece()
+    special, single = [(t, ids[t]) for t in (START, END)], f"{START} $A {END}" if start else f"$A {END}"
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    names = {"pad_token": PAD, "eos_token": END, "bos_token": START, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=TOY.keyframes.text_tokens, **names)
 
 
-def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
-    """A T5 encoder with few parameters."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(vocabulary()),
-            d_model=width,
-            d_kv=width // heads,
-            d_ff=2 * width,
-            num_layers=layers,
-            num_heads=heads,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Int[Tensor, "n t"]:
+    """Token ids, padded to the tokenizer's length and cut there, as the Flux pipeline does it."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def shot_captions(seed: int, step: int, count: int) -> list[str]:
+    """Captions of second and first shots of fresh movies; a function of (seed, step) alone."""
+    movies = [sample_movie(f"captions/{seed}/{step}/{i}", 2) for i in range(count)]
+    return [movie.captions()[i % 2] for i, movie in enumerate(movies)]
+
+
+def clause_targets(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Bool[Tensor, "n t v"]:
+    """For every word of a caption, the words of its clause; nothing for padding and the end."""
+    target = torch.zeros(len(captions), tokenizer.model_max_length, len(tokenizer), dtype=torch.bool)
+    for row, caption in zip(target, captions, strict=True):
+        start = 0
+        for clause in caption.split("."):
+            ids = tokenizer(clause, add_special_tokens=False).input_ids
+            row[start : start + len(ids), ids] = True
+            start += len(ids)
+    return target
 
 
 class ClauseReader(nn.Module):
@@ -113,19 +90,17 @@ class T5Task:
 
     def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
         torch.manual_seed(seed)
-        self.seed = seed
+        self.seed, self.tokenizer = seed, make_tokenizer(start=False)
         self.model = ClauseReader(T5EncoderModel.from_pretrained(init) if init else small_t5(**shape))
-        self.tokenizer = make_tokenizer(start=False)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Binary cross entropy over the vocabulary, summed; mean over words."""
         captions = shot_captions(self.seed, step, stage.batch)
         words, target = tokenize(self.tokenizer, captions), clause_targets(self.tokenizer, captions)
         counts = target.any(2)
-        logits = model(words).float()[counts]
-        error = F.binary_cross_entropy_with_logits(logits, target[counts].float(), reduction="none").sum(1).mean()
-        right = ((logits > 0) == target[counts]).all(1).float().mean()
-        return error, {"exact": right.item()}
+        logits, target = model(words).float()[counts], target[counts]
+        error = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(1).mean()
+        return error, {"exact": ((logits > 0) == target).all(1).float().mean().item()}
 
     def save(self, folder: Path) -> None:
         """Write the encoder, and the tokenizer beside it."""
@@ -145,100 +120,72 @@ class T5Task:
         write_text(path.with_suffix(".txt"), "\n".join(lines))
 
 
-def clause_targets(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Bool[Tensor, "n t v"]:
-    """For every word of a caption, the words of its clause; nothing for padding and the end."""
-    target = torch.zeros(len(captions), tokenizer.model_max_length, len(tokenizer), dtype=torch.bool)
-    for row, caption in zip(target, captions, strict=True):
-        start = 0
-        for clause in caption.split("."):
-            ids = tokenizer(clause, add_special_tokens=False).input_ids
-            row[start : start + len(ids), ids] = True
-            start += len(ids)
-    return target
-
-
-def shot_captions(seed: int, step: int, count: int) -> list[str]:
-    """Captions of second and first shots of fresh movies; a function of (seed, step) alone."""
-    movies = [sample_movie(f"captions/{seed}/{step}/{i}", 2) for i in range(count)]
-    return [movie.captions()[i % 2] for i, movie in enumerate(movies)]
-
-
-def small_clip(width: int = 128, layers: int = 2, heads: int = 4, image: int = 128, patch: int = 16) -> CLIPModel:
-    """A CLIP with few parameters; it sees frames squeezed to a square."""
-    tower = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
-    text = tower | {
-        "vocab_size": len(vocabulary()),
-        "max_position_embeddings": TOY.keyframes.text_tokens,
-        "num_attention_heads": heads,
-        "projection_dim": width,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
-    vision = tower | {"image_size": image, "patch_size": patch, "num_attention_heads": heads, "projection_dim": width}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
-
-
 class ClipTask:
     """Frames and their captions find each other in a batch (Radford et al. 2021)."""
 
     def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
         torch.manual_seed(seed)
-        self.seed = seed
-        self.model = CLIPModel.from_pretrained(init) if init else small_clip(**shape)
-        config: Any = self.model.config
-        self.tokenizer, self.side = make_tokenizer(start=True), config.vision_config.image_size
+        self.seed, self.tokenizer = seed, make_tokenizer(start=True)
+        self.model: Any = CLIPModel.from_pretrained(init) if init else small_clip(**shape)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Symmetric cross entropy over the batch's similarities."""
-        frames, captions = captioned_frames(self.seed, step, stage.batch)
-        out = model(**self._inputs(frames, captions))
-        target = torch.arange(stage.batch, device=out.logits_per_text.device)
-        logits = out.logits_per_text.float()
+        logits = model(**self._batch(step, stage.batch)[1]).logits_per_text.float()
+        target = torch.arange(stage.batch, device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"found": (logits.argmax(1) == target).float().mean().item()}
 
     def save(self, folder: Path) -> None:
         """Write both towers, and the tokenizer beside them."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
-        """Frames of a fresh batch in the order in which their captions find them."""
-        frames, captions = captioned_frames(self.seed, 10**7, 6)
-        found = self.model(**self._inputs(frames, captions)).logits_per_text.argmax(1)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Frames of a fresh batch, and below in the order in which their captions find them."""
+        frames, inputs = self._batch(10**7, 6)
+        found = self.model(**inputs).logits_per_text.argmax(1)
         to_image(torch.cat([torch.cat(list(frames), 2), torch.cat(list(frames[found]), 2)], 1)).save(path)
 
-    def _inputs(self, frames: Float[Tensor, "n 3 h w"], captions: list[str]) -> dict[str, Tensor]:
-        weight = next(self.model.parameters())
-        tokens = tokenize(self.tokenizer, captions).to(weight.device)
-        side = self.side
-        pixels = F.interpolate(frames, (side, side), mode="area").to(weight.device)
-        return {"input_ids": tokens, "pixel_values": pixels}
+    def _batch(self, step: int, count: int) -> tuple[Float[Tensor, "n 3 h w"], dict[str, Tensor]]:
+        """Fresh keyframes, and as CLIP sees them: squeezed to a square, with captions that describe everybody."""
+        frames = frames_of_step(self.seed, step, count, TOY.keyframes.height)
+        captions = [sample_movie(f"frames/{self.seed}/{step}/{i}", 1).captions()[0] for i in range(count)]
+        pixels = F.interpolate(frames, (self.model.config.vision_config.image_size,) * 2, mode="area")
+        inputs = {"input_ids": tokenize(self.tokenizer, captions), "pixel_values": pixels}
+        return frames, {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
 
-def captioned_frames(seed: int, step: int, count: int) -> tuple[Float[Tensor, "count 3 h w"], list[str]]:
-    """Fresh keyframes with captions that describe everybody; a function of (seed, step) alone."""
-    captions = [sample_movie(f"frames/{seed}/{step}/{i}", 1).captions()[0] for i in range(count)]
-    return frames_of_step(seed, step, count, TOY.keyframes.height), captions
+def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
+    """A T5 encoder with few parameters."""
+    # fmt: off
+    return T5EncoderModel(T5Config(
+        d_model=width, d_kv=width // heads, d_ff=2 * width, num_layers=layers, num_heads=heads, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", vocab_size=len(vocabulary()), pad_token_id=0, eos_token_id=1,
+        is_encoder_decoder=False, use_cache=False,
+    ))
+    # fmt: on
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Int[Tensor, "n t"]:
-    """Token ids, padded to the tokenizer's length and cut there, as the Flux pipeline does it."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+def small_clip(width: int = 128, layers: int = 2, heads: int = 4, image: int = 128, patch: int = 16) -> CLIPModel:
+    """A CLIP with few parameters; it sees frames squeezed to a square."""
+    # fmt: off
+    tower = {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "projection_dim": width,
+    }
+    text = tower | {
+        "vocab_size": len(vocabulary()), "max_position_embeddings": TOY.keyframes.text_tokens,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }
+    # fmt: on
+    vision = tower | {"image_size": image, "patch_size": patch}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
 
 def clip_text_tower(model: CLIPModel) -> CLIPTextModel:
     """The text half of a CLIP, as the Flux pipeline wants it."""
     config: Any = model.config
-    text = CLIPTextModel(CLIPTextConfig.from_dict(config.text_config.to_dict()))
+    text = CLIPTextModel(config.text_config)
     text.load_state_dict(model.text_model.state_dict())
     return text

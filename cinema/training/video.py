@@ -5,68 +5,50 @@ window and does not learn; the rest of the time it is drawn from the caption lik
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from einops import rearrange
-from jaxtyping import BFloat16, Bool, Float
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cinema.config import TOY
 from cinema.errors import UserError
-from cinema.files import atomic
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.story import Story
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_movie
+from cinema.training.autoencoder import sheet
 from cinema.training.config import Stage
-from cinema.training.keyframes import _save_half
-from cinema.training.stories import fingerprint
+from cinema.training.stories import fingerprint, load_shards, save_pipeline
 from cinema.training.video_autoencoder import clip_frames
-from cinema.video import Animator, Window, encode_clips, global_caption, strides, window_velocity
+from cinema.video import Animator, Window, encode_clips, global_caption, window_velocity
 
 SHARD = 25  # movies per file
 
 
 class ClipStore:
-    """Latents of toy movies' shots, drawn and encoded once; shard files appear whole, so a killed run goes on.
-
-    Args:
-        folder: where the shards are; each names the autoencoder that it belongs to, and the seed.
-        vae: encodes the clips.
-        movies, shots: how many movies there are, and shots in each.
-    """
+    """`movies` toy movies of `shots` shots and their latents "n m s c", encoded once and kept in `folder`."""
 
     def __init__(self, folder: Path, vae: AutoencoderKLLTXVideo, seed: int, movies: int, shots: int) -> None:
-        self.folder, self.vae, self.seed, self.movies, self.shots = folder, vae, seed, movies, shots
-        self.latents: BFloat16[Tensor, "n m s c"] = torch.cat([load_file(p)["clips"] for p in self._shards()])[:movies]
+        self.vae, self.seed, self.movies, self.shots = vae, seed, movies, shots
+        stem = folder / f"clips-{fingerprint(vae, TOY.video.height, TOY.video.frames)}-{seed}-{shots}"
+        self.latents = load_shards(stem, movies, SHARD, self._encode)["clips"]
 
     def movie(self, index: int) -> Movie:
         """The facts of a movie of the store."""
         return sample_movie(f"video/{self.seed}/{index}", self.shots)
 
-    def _shards(self) -> Iterator[Path]:
-        key = fingerprint(self.vae, TOY.video.height, TOY.video.frames)
-        for start in range(0, self.movies, SHARD):
-            path = self.folder / f"clips-{key}-{self.seed}-{self.shots}-{start:06d}.safetensors"
-            if not path.exists():
-                films = torch.stack([self._encode(self.movie(i)) for i in range(start, start + SHARD)])
-                with atomic(path) as part:
-                    save_file({"clips": films}, part)
-            yield path
-
-    def _encode(self, movie: Movie) -> BFloat16[Tensor, "m s c"]:
-        clips = (clip_frames(movie, shot, TOY.video.height, TOY.video.frames) for shot in movie.shots)
-        return torch.cat([encode_clips(self.vae, clip[None]) for clip in clips]).to(torch.bfloat16).contiguous()
+    def _encode(self, indices: range) -> dict[str, Tensor]:
+        shots = [(movie, shot) for movie in map(self.movie, indices) for shot in movie.shots]
+        clips = (clip_frames(movie, shot, TOY.video.height, TOY.video.frames) for movie, shot in shots)
+        tokens = torch.cat([encode_clips(self.vae, clip[None]) for clip in clips]).to(torch.bfloat16)
+        return {"clips": rearrange(tokens, "(n m) s c -> n m s c", m=self.shots).contiguous()}
 
 
 class VideoLearner(nn.Module):
@@ -97,11 +79,13 @@ class VideoTask:
         vae: folder of the trained video autoencoder.
         cache: folder for the encoded clips.
         movies, shots: size of the training set.
-        keyframed: share of shots whose first latent frame is given.
-        keyframe_sigma: upper bound of the given frames' noise.
-        caption_dropout: share of windows without words, for guidance.
         shift: time shift of the training noise.
     """
+
+    keyframed = 0.9  # share of shots whose first latent frame is given
+    keyframe_sigma = 0.05  # upper bound of the given frames' noise
+    caption_dropout = 0.05  # share of windows without words, for guidance
+    settings = TOY.video
 
     def __init__(
         self,
@@ -112,26 +96,20 @@ class VideoTask:
         cache: str,
         movies: int = 400,
         shots: int = 8,
-        keyframed: float = 0.9,
-        keyframe_sigma: float = 0.05,
-        caption_dropout: float = 0.05,
         shift: float = 1.5,
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.seed, self.keyframed, self.keyframe_sigma = seed, keyframed, keyframe_sigma
-        self.caption_dropout, self.shift, self.settings = caption_dropout, shift, TOY.video
+        self.seed, self.shift = seed, shift
+        full: dict[str, Any] = {"torch_dtype": torch.float32}
         self.vae = AutoencoderKLLTXVideo.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
-        t5 = T5EncoderModel.from_pretrained(keyframes, subfolder="text_encoder_2", torch_dtype=torch.float32)
-        self.t5 = t5.eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(keyframes, subfolder="tokenizer_2")
-        shape = {"latent": self.vae.config["latent_channels"], "text": self.t5.config.d_model} | shape
-        transformer = (
-            LTXVideoTransformer3DModel.from_pretrained(init, subfolder="transformer", torch_dtype=torch.float32)
-            if init
-            else small_ltx(**shape)
-        )
+        t5 = T5EncoderModel.from_pretrained(keyframes, subfolder="text_encoder_2", **full).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(keyframes, subfolder="tokenizer_2")
+        shape = {"latent": self.vae.config["latent_channels"], "text": t5.config.d_model} | shape
+        kind = LTXVideoTransformer3DModel
+        transformer = kind.from_pretrained(init, subfolder="transformer", **full) if init else small_ltx(**shape)
         self.model = VideoLearner(transformer)
+        self.animator = Animator(transformer, self.vae, t5, tokenizer, self.settings, TOY.tags)
         self.store = ClipStore(Path(cache), self.vae, seed, movies, shots)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
@@ -150,66 +128,40 @@ class VideoTask:
 
     def save(self, folder: Path) -> None:
         """Write a folder that stock `LTXConditionPipeline.from_pretrained` loads, in bfloat16."""
-        pipeline = LTXConditionPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.settings.shift),
-            vae=self.vae,
-            text_encoder=self.t5,
-            tokenizer=self.tokenizer,
-            transformer=self.model.transformer,
-        )
-        for name in ("vae", "text_encoder", "transformer"):
-            _save_half(getattr(pipeline, name), folder / name)
-        for name in ("scheduler", "tokenizer"):
-            getattr(pipeline, name).save_pretrained(folder / name)
-        pipeline.save_config(folder)
+        text = {"text_encoder": self.animator.text_encoder, "tokenizer": self.animator.tokenizer}
+        parts = {"vae": self.vae, "transformer": self.model.transformer, **text}
+        save_pipeline(LTXConditionPipeline, folder, self.settings.shift, **parts)
 
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
         """Shots of unseen movies, five moments of each: as the toy world draws them, then as this model does."""
-        animator = Animator(self.model.transformer, self.vae, self.t5, self.tokenizer, self.settings, TOY.tags)
         movie = sample_movie("sample/0", self.settings.window)
-        keyframes = [render(movie, shot, self.settings.height) for shot in movie.shots]
-        moments = [round(i * (self.settings.frames - 1) / 4) for i in range(5)]
-        rows = []
-        for index, frames in animator.animate(movie.story(), keyframes):
-            truth = [
-                render(movie, movie.shots[index], self.settings.height, i / (self.settings.frames - 1)) for i in moments
-            ]
-            rows += [truth, [frames[i] for i in moments]]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sheet(rows).save(path)
+        height, last = self.settings.height, self.settings.frames - 1
+        moments, rows = [round(i * last / 4) for i in range(5)], []
+        keyframes = [render(movie, shot, height) for shot in movie.shots]
+        for index, frames in self.animator.animate(movie.story(), keyframes):
+            rows.append([render(movie, movie.shots[index], height, i / last) for i in moments])
+            rows.append([frames[i] for i in moments])
+        sheet(rows).save(path)
 
     def _window(self, shots: int) -> Window:
-        settings = self.settings
-        return Window((settings.frames,) * shots, settings.height, settings.width, settings.fps, strides(self.vae))
+        return self.animator.window([self.settings.frames] * shots)
 
     def _batch(
         self, rng: random.Random, stage: Stage
     ) -> tuple[Float[Tensor, "b s c"], Float[Tensor, "b n t e"], Bool[Tensor, "b n t"]]:
         """Windows of neighbouring shots: their tokens and their captions, the global one first."""
-        lines, tokens = [], []
-        if stage.pairs > self.store.shots:
-            has = f"the films have {self.store.shots} shots"
-            raise UserError(f"a stage of {stage.pairs} shots, but {has}; lower pairs or raise shots")
+        store, count, lines, tokens = self.store, stage.pairs, [], []
+        if count > store.shots:
+            has = f"the films have {store.shots} shots"
+            raise UserError(f"a stage of {count} shots, but {has}; lower pairs or raise shots")
         for _ in range(stage.batch):
-            index, start = rng.randrange(self.store.movies), rng.randint(0, self.store.shots - stage.pairs)
-            captions = window_captions(self.store.movie(index).story(), start, stage.pairs)
+            index, start = rng.randrange(store.movies), rng.randint(0, store.shots - count)
+            captions = window_captions(store.movie(index).story(), start, count)
             lines += [""] * len(captions) if rng.random() < self.caption_dropout else captions
-            tokens.append(rearrange(self.store.latents[index, start : start + stage.pairs], "k s c -> (k s) c"))
-        states, words = self._text(lines)
-        n = stage.pairs + 1
-        return (
-            torch.stack(tokens).float(),
-            rearrange(states, "(b n) t e -> b n t e", n=n),
-            rearrange(words, "(b n) t -> b n t", n=n),
-        )
-
-    @torch.no_grad()
-    def _text(self, captions: list[str]) -> tuple[Float[Tensor, "n t e"], Bool[Tensor, "n t"]]:
-        found = self.tokenizer(
-            captions, padding="max_length", max_length=self.settings.text_tokens, truncation=True, return_tensors="pt"
-        )
-        return self.t5(found.input_ids)[0], found.attention_mask.bool()
+            tokens.append(rearrange(store.latents[index, start : start + count], "k s c -> (k s) c"))
+        states, words = (rearrange(x, "(b n) ... -> b n ...", n=count + 1) for x in self.animator.encode_text(lines))
+        return torch.stack(tokens).float(), states, words
 
     def _noise(
         self, window: Window, stage: Stage, generator: torch.Generator
@@ -232,28 +184,15 @@ def small_ltx(
     latent: int = 128, text: int = 128, heads: int = 4, head_dim: int = 48, layers: int = 4
 ) -> LTXVideoTransformer3DModel:
     """An LTX-Video transformer with few parameters; every block starts near identity and the output at zero."""
-    width = heads * head_dim
+    # fmt: off
     model = LTXVideoTransformer3DModel(
-        in_channels=latent,
-        out_channels=latent,
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        cross_attention_dim=width,
-        num_layers=layers,
-        caption_channels=text,
+        in_channels=latent, out_channels=latent, num_attention_heads=heads, attention_head_dim=head_dim,
+        cross_attention_dim=heads * head_dim, num_layers=layers, caption_channels=text,
     )
+    # fmt: on
     for name, parameter in model.named_parameters():
         if name.startswith("proj_out") or name.endswith("attn2.to_out.0.weight"):
             nn.init.zeros_(parameter)
         elif name == "time_embed.linear.weight":
             nn.init.normal_(parameter, std=0.02)
     return model
-
-
-def _sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * width, y * height))
-    return sheet

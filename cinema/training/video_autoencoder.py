@@ -3,7 +3,7 @@
 Its latents have LTX-Video's 128 channels, for 16 x 16 pixels of 4 frames: half of LTX-Video's strides, because toy
 frames are small and a first frame has to be its keyframe. The first latent frame sees the first picture only, and the
 decoder is causal too, so a shot's first frame depends on its keyframe's latent alone.
-Axes: `b` clips, `t` frames, `f` latent frames, `c` channels, `h w` pixels, `y x` latent grid.
+Axes: `b` clips, `t` frames, `c` channels, `h w` pixels.
 """
 
 from collections.abc import Sequence
@@ -19,25 +19,8 @@ from torch import Tensor, nn
 from cinema.config import TOY
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, Setup, sample_movie
-from cinema.training.autoencoder import edge_error, flatten_kernels, plain_state, psnr, to_image, to_tensor
+from cinema.training.autoencoder import AutoencoderLearner, edge_error, narrow, plain_state, psnr, to_image, to_tensor
 from cinema.training.config import Stage
-
-
-class VideoAutoencoderLearner(nn.Module):
-    """What is trained: clips through a sample of their latents and back."""
-
-    def __init__(self, vae: AutoencoderKLLTXVideo) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(
-        self, clips: Float[Tensor, "b 3 t h w"], generator: torch.Generator
-    ) -> tuple[Float[Tensor, "b 3 t h w"], Float[Tensor, "b c f y x"], Float[Tensor, "b c f y x"]]:
-        """Decoded clips, and the latents' mean and log variance, in float32."""
-        posterior = self.vae.encode(clips.to(self.vae.encoder.conv_in.conv.weight.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=clips.device)
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
-        return self.vae.decode(latents).sample.float(), posterior.mean.float(), posterior.logvar.float()
 
 
 class VideoAutoencoderTask:
@@ -49,6 +32,8 @@ class VideoAutoencoderTask:
         motion: extra weight of pixels that differ from the first frame.
     """
 
+    kl, edges = 1e-5, 0.5  # weights in the loss
+
     def __init__(
         self,
         seed: int,
@@ -56,47 +41,37 @@ class VideoAutoencoderTask:
         height: int = TOY.video.height,
         frames: int = TOY.video.frames,
         stills: int = 0,
-        kl: float = 1e-5,
-        edges: float = 0.5,
         first: float = 4.0,
         motion: float = 2.0,
         **shape: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.seed, self.height, self.frames, self.stills = seed, height, frames, stills
-        self.kl, self.edges, self.first, self.motion = kl, edges, first, motion
+        self.seed, self.height, self.frames = seed, height, frames
+        self.stills, self.first, self.motion = stills, first, motion
         vae = AutoencoderKLLTXVideo.from_pretrained(init) if init else small_video_autoencoder(**shape)
-        self.model = VideoAutoencoderLearner(vae)
-        flatten_kernels(self.model)
+        self.model = AutoencoderLearner(vae)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Error of reconstructing this step's clips from a sample of their latents."""
         device = next(model.parameters()).device
-        still = step < self.stills
-        count, frames = (4 * stage.batch, 1) if still else (stage.batch, self.frames)
+        count, frames = (4 * stage.batch, 1) if step < self.stills else (stage.batch, self.frames)
         clips = clips_of_step(self.seed, step, count, self.height, frames).to(device)
-        decoded, mean, logvar = model(clips, torch.Generator(device).manual_seed(step))
+        decoded, kl = model(clips, torch.Generator(device).manual_seed(step))
         difference, weight = decoded - clips, self._weight(clips)
         pixel = (weight * (difference.abs() + 2 * difference.square())).mean() / weight.mean()
-        edge = edge_error(_frames(decoded), _frames(clips)) + self.first * edge_error(decoded[:, :, 0], clips[:, :, 0])
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        firsts = decoded[:, :, 0], clips[:, :, 0]
+        pictures = (rearrange(x, "b c t h w -> (b t) c h w") for x in (decoded, clips))
+        edge = edge_error(*pictures) + self.first * edge_error(*firsts)
         loss = pixel + self.edges * edge / (1 + self.first) + self.kl * kl
-        with torch.no_grad():
-            first = psnr(decoded[:, :, 0], clips[:, :, 0])
-            figures = {"psnr": psnr(decoded.detach(), clips), "psnr_first": first, "kl": kl.item()}
-        return loss, figures
+        return loss, {"psnr": psnr(decoded, clips), "psnr_first": psnr(*firsts), "kl": kl.item()}
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Measure mean and standard deviation of the latents' channels on fresh clips, then write the folder."""
         vae = AutoencoderKLLTXVideo.from_config(self.model.vae.config)
         vae.load_state_dict(plain_state(self.model.vae))
-        latents = torch.cat(
-            [
-                vae.encode(clips_of_step(self.seed, 10**7 + i, 4, self.height, self.frames)).latent_dist.mode()
-                for i in range(8)
-            ]
-        )
+        clips = (clips_of_step(self.seed, 10**7 + i, 4, self.height, self.frames) for i in range(8))
+        latents = torch.cat([vae.encode(x).latent_dist.mode() for x in clips])
         vae.latents_mean.copy_(latents.mean((0, 2, 3, 4)))
         vae.latents_std.copy_(latents.std((0, 2, 3, 4)))
         vae.to(torch.bfloat16).save_pretrained(folder)
@@ -107,7 +82,6 @@ class VideoAutoencoderTask:
         clips = clips_of_step(self.seed, 10**7 + 100, 3, self.height, self.frames)
         decoded = self.model.vae.decode(self.model.vae.encode(clips).latent_dist.mode()).sample
         shown = torch.stack([clips, decoded])[:, :, :, [0, self.frames // 2, self.frames - 1]]
-        path.parent.mkdir(parents=True, exist_ok=True)
         to_image(rearrange(shown, "two b c t h w -> c (b two h) (t w)")).save(path)
 
     def _weight(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 1 t h w"]:
@@ -128,28 +102,20 @@ def small_video_autoencoder(
     """An `AutoencoderKLLTXVideo` with few parameters and half of LTX-Video's strides: 4 frames x 16 x 16 pixels.
 
     Built of LTX-Video 0.9.5's blocks, which move pixels into channels and back past every convolution. No noise is
-    injected and the decoder knows no time. The posterior starts narrow.
+    injected and the decoder knows no time.
     """
     blocks = len(decoder_channels)
+    # fmt: off
     vae = AutoencoderKLLTXVideo(
-        latent_channels=latent_channels,
-        block_out_channels=tuple(channels),
-        down_block_types=("LTXVideo095DownBlock3D",) * blocks,
-        downsample_type=("spatiotemporal",) * blocks,
-        spatio_temporal_scaling=(True,) * blocks,
-        layers_per_block=tuple(layers),
-        decoder_block_out_channels=tuple(decoder_channels),
-        decoder_spatio_temporal_scaling=(True,) * blocks,
-        decoder_layers_per_block=tuple(decoder_layers),
-        decoder_inject_noise=(False,) * (blocks + 1),
-        upsample_residual=(True,) * blocks,
-        upsample_factor=tuple(upsample_factor),
-        timestep_conditioning=False,
-        decoder_causal=True,
+        latent_channels=latent_channels, block_out_channels=tuple(channels), layers_per_block=tuple(layers),
+        down_block_types=("LTXVideo095DownBlock3D",) * blocks, downsample_type=("spatiotemporal",) * blocks,
+        spatio_temporal_scaling=(True,) * blocks, decoder_block_out_channels=tuple(decoder_channels),
+        decoder_spatio_temporal_scaling=(True,) * blocks, decoder_layers_per_block=tuple(decoder_layers),
+        decoder_inject_noise=(False,) * (blocks + 1), upsample_residual=(True,) * blocks,
+        upsample_factor=tuple(upsample_factor), timestep_conditioning=False, decoder_causal=True,
     )
-    with torch.no_grad():
-        vae.encoder.conv_out.conv.weight[latent_channels:] *= 0.1
-        vae.encoder.conv_out.conv.bias[latent_channels:] = -6.0
+    # fmt: on
+    narrow(vae.encoder.conv_out.conv, latent_channels)
     return vae
 
 
@@ -163,7 +129,3 @@ def clips_of_step(seed: int, step: int, count: int, height: int, frames: int) ->
     """Fresh clips, RGB in [-1, 1]; a function of (seed, step) alone."""
     movies = (sample_movie(f"clips/{seed}/{step}/{i}", 1) for i in range(count))
     return torch.stack([clip_frames(m, m.shots[0], height, frames) for m in movies])
-
-
-def _frames(clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "n 3 h w"]:
-    return rearrange(clips, "b c t h w -> (b t) c h w")
