@@ -164,7 +164,7 @@ class Animator:
 
     def __post_init__(self) -> None:
         try:
-            self._window([self.settings.frames])
+            self.window([self.settings.frames])
         except ValueError as error:
             raise UserError(f"video settings: {error}") from None
 
@@ -198,13 +198,14 @@ class Animator:
         for w, shots in enumerate(windows):
             message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
             tell = teller(on_progress, w * steps, len(windows) * steps, message)
-            window = self._window([lengths[i] for i in shots])
+            window = self.window([lengths[i] for i in shots])
             for i, tokens in zip(shots, self._draw(story, shots, window, keyframes, seed, tell), strict=True):
                 if i not in known:
                     clip = decode_clips(self.vae, tokens[None], window.grid)
                     yield i, [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
 
-    def _window(self, frames: Sequence[int]) -> Window:
+    def window(self, frames: Sequence[int]) -> Window:
+        """A window of shots of these lengths, at the size of the settings."""
         settings = self.settings
         return Window(tuple(frames), settings.height, settings.width, settings.fps, strides(self.vae))
 

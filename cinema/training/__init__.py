@@ -1,6 +1,7 @@
 """Training: one loop, a task per model, stages, exact resume."""
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 from cinema.errors import UserError
@@ -35,8 +36,11 @@ def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
     folders = {key: options.get(key) for key in ("vae", "clip", "t5", "keyframes")} | {"init": init}
     if missing := [f"{key}: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]:
         raise UserError(f"task {name}: there is no folder {missing[0]!r}; train that part first, or correct the path")
+    task = getattr(import_module(f"cinema.training.{module}"), kind)
+    if shape := sorted(set(options) - set(signature(task).parameters)) if init else []:
+        raise UserError(f"task {name}: {shape[0]!r} is not an option where `init` gives the model; remove it")
     try:
-        return getattr(import_module(f"cinema.training.{module}"), kind)(seed=seed, init=init, **options)
+        return task(seed=seed, init=init, **options)
     except TypeError as error:
         if "argument" not in str(error):
             raise  # a fault of ours, not of the options
