@@ -118,5 +118,5 @@ def test_a_run_saves_a_folder_that_stock_flux_draws_with(folders: dict[str, str]
         config = TrainConfig.model_validate(told)
         run_training(config, make_task("keyframes", 0, None, config.options), tmp_path, resume=False)
     assert (tmp_path / "samples" / "final.png").exists()
-    pipeline = FluxPipeline.from_pretrained(tmp_path / "weights", torch_dtype=torch.bfloat16)
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "weights", dtype=torch.bfloat16)
     assert pipeline("close shot, city.", height=32, width=64, num_inference_steps=1).images[0].size == (64, 32)
