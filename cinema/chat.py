@@ -39,8 +39,7 @@ class Endpoint:
 def endpoint_from_environment() -> Endpoint | None:
     """The endpoint of CINEMA_LLM_BASE_URL, CINEMA_LLM_MODEL and CINEMA_LLM_API_KEY; None where no address is set.
 
-    Raises:
-        UserError: an address is set but no model.
+    Raises UserError where an address is set but no model.
     """
     if not (base_url := os.environ.get("CINEMA_LLM_BASE_URL")):
         return None
@@ -53,11 +52,9 @@ def ask(
     client: Any, model: str, system: str, question: Any, schema: dict[str, Any], read: Callable[[str], Answer]
 ) -> Answer:
     """Have a `converse` with a server about JSON of a schema; raises openai.OpenAIError if it gives no answer."""
-
-    def say(messages: list[Any], turn: int) -> Reply:
-        return request(client, model, messages, schema)
-
-    return converse(say, system, question, lambda reply: read(reply.text))
+    return converse(
+        lambda messages, _: request(client, model, messages, schema), system, question, lambda reply: read(reply.text)
+    )
 
 
 def converse(
@@ -65,12 +62,8 @@ def converse(
 ) -> Answer:
     """Ask a model; an answer that `read` refuses by ValueError goes back, once, with what is wrong.
 
-    Args:
-        say: gives the model's reply to messages; told 0, and 1 for the second try.
-        question: the user's message, text or a list of parts.
-
-    Raises:
-        AnswerError: the second answer is refused as well.
+    `say` gives the model's reply to messages, told 0, or 1 for the second try; `question` is text or a list of parts.
+    Raises AnswerError where the second answer is refused as well.
     """
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for turn in range(2):

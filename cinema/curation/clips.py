@@ -53,8 +53,7 @@ def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[
 
 def read_clips(out: Path, stem: str) -> list[Clip]:
     """Where the videos of a film's shots lie, in order; UserError if there are none."""
-    path = out / FOLDER / f"{stem}.parquet"
-    if not path.is_file():
+    if not (path := out / FOLDER / f"{stem}.parquet").is_file():
         raise UserError(f"{path}: there is no such table; curate the film with --video")
     with open(path, "rb") as file:
         return [Clip(**row) for row in pq.read_table(file).to_pylist()]

@@ -83,15 +83,11 @@ def run_jobs(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number of the job, what `function` returned or Died) in the order in which jobs end.
 
-    Args:
-        function: called in a child of its own for each job, as `function(job, ask)`; both must be picklable.
-        workers: children at a time.
-        limit_s: seconds that a child may say nothing before it is killed.
-        answer: called here for every message, as (number of the job, kind, value); the child gets what it returns.
-        go_on: once it says no, no further job is begun.
+    Each job is a call `function(job, ask)` in a child of its own, of which there are `workers` at a time; both must be
+    picklable. A child that says nothing for `limit_s` seconds is killed. For every message `answer` is called here, as
+    (number of the job, kind, value), and the child gets what it returns. Once `go_on` says no, no job is begun.
 
-    Raises:
-        StoppedError: a job raised it; all others are killed.
+    Raises StoppedError where a job raised it; all others are killed.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -149,11 +145,7 @@ def run_on_ray(
     """As `run_jobs`, spread over a Ray cluster, one core per job; its other settings mean nothing here.
 
     Every machine of the cluster must reach the films and the folder of results: a shared disk, or an address such as
-    ``s3://bucket/films``. A job still runs in a child process of its worker.
-
-    Raises:
-        UserError: ray is not installed.
-        StoppedError: a job raised it.
+    ``s3://bucket/films``. A job still runs in a child process of its worker. UserError where ray is not installed.
     """
     try:
         import ray.data
