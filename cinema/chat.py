@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from cinema.errors import UserError
 
 Answer = TypeVar("Answer")
+Say = Callable[[list[Any], int], "Reply"]  # (messages, 0, or 1 for the second try) -> the model's reply to them
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ class Endpoint:
 
 
 def endpoint_from_environment() -> Endpoint | None:
-    """The endpoint of CINEMA_LLM_BASE_URL, CINEMA_LLM_MODEL and CINEMA_LLM_API_KEY; None where no address is set.
-
-    Raises UserError where an address is set but no model.
-    """
+    """The endpoint that CINEMA_LLM_* name; None where no address is set, UserError where one is but no model."""
     if not (base_url := os.environ.get("CINEMA_LLM_BASE_URL")):
         return None
     if not (model := os.environ.get("CINEMA_LLM_MODEL")):
@@ -57,14 +55,9 @@ def ask(
     )
 
 
-def converse(
-    say: Callable[[list[Any], int], Reply], system: str, question: Any, read: Callable[[Reply], Answer]
-) -> Answer:
-    """Ask a model; an answer that `read` refuses by ValueError goes back, once, with what is wrong.
-
-    `say` gives the model's reply to messages, told 0, or 1 for the second try; `question` is text or a list of parts.
-    Raises AnswerError where the second answer is refused as well.
-    """
+def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:
+    """Ask a model, text or a list of parts; an answer that `read` refuses by ValueError goes back, once, with what is
+    wrong. Raises AnswerError where the second answer is refused as well."""
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for turn in range(2):
         reply = say(messages, turn)

@@ -100,10 +100,7 @@ class _Sidecar(BaseModel):
 
 
 class GroundTruthAnnotator(Annotator):
-    """Reads captions from the JSON file that the toy world writes beside each film (`a.mp4` -> `a.json`).
-
-    `cast` and `caption` raise UserError if that file is missing or is no ground truth.
-    """
+    """Reads what the toy world writes beside each film (`a.mp4` -> `a.json`); UserError if that is no ground truth."""
 
     kind: ClassVar[str] = "ground-truth"
     sidecar: ClassVar[str] = ".json"
@@ -126,7 +123,7 @@ class GroundTruthAnnotator(Annotator):
             return Caption(kept=False, reason="the ground truth has no shot here")
         if not best.start_frame <= (shot.start_frame + shot.end_frame) // 2 < best.end_frame:
             return Caption(kept=False, reason="a cut was missed: its keyframe is of another true shot")
-        return Caption(best.caption, _tags(best.caption))
+        return Caption(best.caption, list(dict.fromkeys(TAG.findall(best.caption))))
 
     def _sidecar(self, film: Path) -> _Sidecar:
         path = film.with_suffix(self.sidecar)
@@ -180,9 +177,7 @@ class ModelAnnotator(Annotator):
 
     def caption(self, film: Path, shots: Sequence[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Caption every shot; one that gets no usable answer is set aside, the reason beginning with one of FAULTS.
-
-        Raises StoppedError where the model cannot be reached at all, or nothing can be written.
-        """
+        Raises StoppedError where the model cannot be reached at all, or nothing can be written."""
         captions, cast = list[Caption](), self.cast(film)
         with contextlib.closing(Journal(desk.journal)) as journal, contextlib.closing(self):
             for number, shot in enumerate(shots):
@@ -267,12 +262,13 @@ class VisionAnnotator(ModelAnnotator):
             if passes and not refused and attempt < self._retries:
                 time.sleep(_pause(error, attempt, self._host))
                 return None
-            cure = "correct CINEMA_LLM_* and go on with the same command"
-            if refused:
-                what = f"the key, the credit or the model is refused ({status})"
-                raise StoppedError(f"{self._host}: {what}; {cure}") from None
-            if status is None and not late:
-                raise StoppedError(f"{self._host}: no vision server answers; {cure}") from None
+            if refused or (status is None and not late):
+                why = (
+                    f"the key, the credit or the model is refused ({status})" if refused else "no vision server answers"
+                )
+                raise StoppedError(
+                    f"{self._host}: {why}; correct CINEMA_LLM_* and go on with the same command"
+                ) from None
             what = "did not answer in time" if late else f"answered {status}"
             raise _Unanswered(f"ERROR: the vision server {what}") from None
 
@@ -350,7 +346,7 @@ def _read(reply: Reply, allowed: list[str]) -> Caption:
     except ValidationError as error:
         raise ValueError("it was cut off; be brief" if reply.finish == "length" else _first(error)) from None
     caption = " ".join(answer.caption.split())
-    tags = _tags(caption)
+    tags = list(dict.fromkeys(TAG.findall(caption)))
     if strangers := [t for t in [*tags, *answer.tags] if t not in allowed]:
         raise ValueError(f"{strangers[0]} is not a tag of the cast")
     if set(tags) != set(answer.tags):
@@ -361,10 +357,6 @@ def _read(reply: Reply, allowed: list[str]) -> Caption:
 def _prompt_hash(cast: Sequence[Character] | Path) -> str:
     bank = "one per film" if isinstance(cast, Path) else json.dumps([c.model_dump() for c in cast])
     return hashlib.sha256(f"{PROMPT}\n{CONTEXT}\n{bank}".encode()).hexdigest()[:16]
-
-
-def _tags(caption: str) -> list[str]:
-    return list(dict.fromkeys(TAG.findall(caption)))
 
 
 def _first(error: ValidationError) -> str:

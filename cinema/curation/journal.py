@@ -47,9 +47,8 @@ class Journal:
 
             fcntl.flock(self._file, fcntl.LOCK_EX)
         self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))  # after a power cut, or on a full disk, a line may be half
+        whole, _, half = self._file.read().rpartition(b"\n")
+        self._file.truncate(self._file.tell() - len(half))  # a power cut or a full disk may leave half a line
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import fsspec
 
@@ -63,10 +62,7 @@ def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda pat
 
 @contextmanager
 def fetched(source: str, film: Path, sidecar: str) -> Iterator[None]:
-    """Copy the film at `source` to `film` for the length of a block, and a file beside it of another ending, if any.
-
-    Raises UserError if there is no such film.
-    """
+    """Copy a film, and a file of the ending `sidecar` beside it, for the length of a block; UserError without film."""
     endings = [film.suffix, sidecar] if sidecar else [film.suffix]
     try:
         with _reaching(source):
@@ -82,12 +78,6 @@ def fetched(source: str, film: Path, sidecar: str) -> Iterator[None]:
     finally:
         for ending in endings:
             film.with_suffix(ending).unlink(missing_ok=True)
-
-
-def opened(source: str) -> Any:
-    """The file at an address, to be read in parts."""
-    with _reaching(source):
-        return fsspec.open(source, "rb").open()
 
 
 def incoming(source: str) -> Path:

@@ -9,7 +9,7 @@ import io
 import os
 import re
 from bisect import bisect
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +23,7 @@ from PIL import Image
 
 from cinema.curation.pool import Ask, Died, run_jobs
 from cinema.curation.remote import is_remote, mirror, send
-from cinema.curation.store import CuratedShot, read_done, read_film
+from cinema.curation.store import read_done, read_film
 from cinema.errors import UserError
 from cinema.files import write_text
 from cinema.story import TAG
@@ -74,19 +74,13 @@ def write_card(out: Path) -> None:
 def _write_film_page(job: tuple[Path, str, dict[str, Any]], ask: Ask) -> _Summary:
     """Write the page of one film, in a child."""
     out, stem, done = job
-    film, named = read_film(out / f"{stem}.parquet"), defaultdict[str, list[CuratedShot]](list)
-    for shot in film.shots:
-        for tag in shot.tags:
-            named[tag].append(shot)
+    film = read_film(out / f"{stem}.parquet")
+    tags = dict.fromkeys(tag for shot in film.shots for tag in shot.tags)
+    named = {tag: [shot for shot in film.shots if tag in shot.tags] for tag in tags}
     pictures = [_thumb(shot.image) if shot.image else "" for shot in film.shots]
     lasts, reasons = [s.end_s - s.start_s for s in film.shots], [s.reason for s in film.shots if not s.kept]
     about = {"title": film.film, "film": done, "median": median(lasts), **_charts(lasts, reasons)}
-    about |= {
-        "shots": film.shots,
-        "pictures": pictures,
-        "named": named,
-        "looks": {c.tag: c.description for c in film.cast},
-    }
+    about |= {"shots": film.shots, "cast": film.cast, "pictures": pictures, "named": named}
     _write(out / "report" / f"{stem}.html", "film.html", **about)
     strip = [picture for picture, shot in zip(pictures, film.shots, strict=True) if picture and shot.kept]
     return _Summary(lasts, reasons, strip[:: max(1, len(strip) // STRIP)][:STRIP])

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from cinema.config import preset
 from cinema.curation import store
 from cinema.curation.annotate import FAULTS, Annotator, Desk
@@ -20,7 +22,7 @@ from cinema.curation.clips import FOLDER as CLIPS
 from cinema.curation.clips import write_clips
 from cinema.curation.film import Film, probe
 from cinema.curation.pool import Ask, Died, run_jobs, run_on_ray
-from cinema.curation.remote import fetched, incoming, is_remote, mirror, opened, send
+from cinema.curation.remote import fetched, incoming, is_remote, mirror, send
 from cinema.curation.report import write_card
 from cinema.curation.scan import Scan, scan_film
 from cinema.curation.search import lengths
@@ -30,17 +32,17 @@ from cinema.errors import UserError
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
 MIB = 2**20
+Progress = Callable[[int, int, str], None]  # told frames done, frames in all, what is happening and how fast
 
 
 @dataclass(frozen=True)
 class FilmReport:
-    """What became of one film, and why.
-
-    "ok", "partial" (used, but some of it is missing or broken), "failed", or "waiting" if the run stopped before it.
-    """
+    """What became of one film, and why."""
 
     film: Path | str
-    status: str
+    status: (
+        str  # "ok", "partial" (used, but not all is there or whole), "failed", "waiting" if the run stopped before it
+    )
     shots: int = 0  # rows written
     kept: int = 0  # those fit for training
     reason: str = ""  # of partial and failed, one sentence
@@ -103,8 +105,8 @@ class _Job:
         """Write down why the film gave nothing, unless an earlier run saved something of it."""
         reason = shown(reason) + f"; delete {shown(self.done_file.name)} to have it tried again" * quarantined
         if store.read_done(self.done_file).get("status", "failed") == "failed":
-            done = self.about | {"status": "failed", "reason": reason, "quarantined": quarantined}
-            store.write_done(self.done_file, done)
+            why = {"status": "failed", "reason": reason, "quarantined": quarantined}
+            store.write_done(self.done_file, self.about | why)
         return FilmReport(self.film, "failed", reason=reason)
 
 
@@ -121,7 +123,7 @@ def curate(
     max_requests: int | None = None,
     max_tokens: int | None = None,
     ray: bool = False,
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> CurationReport:
     """Curate films into a folder; the same command goes on where it was killed and ends with the same bytes.
 
@@ -131,22 +133,21 @@ def curate(
     Args:
         films: files, each with a name of its own, here or at addresses; `search.find_films` finds them in folders.
         out: folder for `<film stem>.parquet` and `<film stem>.done.json`, here or at an address.
-        annotator: writes the captions.
         height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
         detector: one of `shots.DETECTORS`.
         video: also write the shots as videos, `clips/<film stem>.tar`.
         workers: films at a time; a core each.
         limit_s: seconds without any progress after which a film's process is taken to hang.
-        max_requests: requests that this run may send for captions; then it stops, and keeps what it has.
-        max_tokens: tokens that this run may pay for, likewise; answers under way may exceed it by their own length.
+        max_requests, max_tokens: what this run may spend on captions; then it stops, and keeps what it has. Answers
+            under way may exceed the tokens by their own length.
         ray: spread the films over a Ray cluster instead; `workers` then does not count.
-        on_progress: told (frames done, frames in all, what is happening and how fast).
 
     Raises:
         UserError: no film, two of one name, a wrong setting, or `out` was made with other settings.
         StoppedError: the run cannot go on: nothing can be written, or the annotator's server is not there.
     """
-    if ray and (max_requests is not None or max_tokens is not None):
+    limits = max_requests, max_tokens
+    if ray and limits != (None, None):
         raise UserError("a spending limit cannot be kept on a Ray cluster; leave away --ray or the limit")
     config, address = _config(annotator, height, detector, video), str(out) if is_remote(str(out)) else ""
     folder = mirror(address) if address else Path(out)
@@ -155,7 +156,7 @@ def curate(
     jobs = list({job.film: job for job in jobs}.values())
     _check([job.film for job in jobs], folder, config)
     reports = {job.film: report for job in jobs if (report := job.finished())}
-    tally = _Tally([job for job in jobs if job.film not in reports], max_requests, max_tokens, on_progress)
+    tally = _Tally([job for job in jobs if job.film not in reports], limits, on_progress)
     reports |= tally.follow(run_on_ray if ray else run_jobs, workers=workers, limit_s=limit_s)
     write_card(folder)
     if address:
@@ -203,9 +204,9 @@ def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> F
             write_clips(facts, scan.rows, out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
         if job.annotator.costly:
             store.write_rows(looked, scan.rows, about | {"scan": vars(scan) | {"rows": None}})
-    rows, asked = list(scan.rows), [row for row in scan.rows if row.kept]
-    desk = replace(desk, tell=lambda share: tell(0.9 + 0.1 * share, "captions"))
-    captions = job.annotator.caption(film, asked, replace(desk, journal=out / f"{film.stem}.captions.jsonl"))
+    rows, asked, journal = list(scan.rows), [row for row in scan.rows if row.kept], out / f"{film.stem}.captions.jsonl"
+    desk = replace(desk, journal=journal, tell=lambda share: tell(0.9 + 0.1 * share, "captions"))
+    captions = job.annotator.caption(film, asked, desk)
     for row, c in zip(asked, captions, strict=True):
         rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
     store.write_film(out / f"{film.stem}.parquet", store.CuratedFilm(shown(film.name), cast, rows))
@@ -245,15 +246,9 @@ def _curate(job: _Job, ask: Ask) -> FilmReport:
 class _Tally:
     """How far all films are, how fast it goes, and what captions cost; no limit if that is None."""
 
-    def __init__(
-        self,
-        jobs: list[_Job],
-        max_requests: int | None,
-        max_tokens: int | None,
-        on_progress: Callable[[int, int, str], None] | None,
-    ):
+    def __init__(self, jobs: list[_Job], limits: tuple[int | None, int | None], on_progress: Progress | None):
         self.jobs, self.on_progress = jobs, on_progress or (lambda done, total, message: None)
-        self.max_requests, self.max_tokens = (math.inf if most is None else most for most in (max_requests, max_tokens))
+        self.max_requests, self.max_tokens = (math.inf if limit is None else limit for limit in limits)
         self.requests, self.tokens, self.out_of_money = 0, 0, False
         self.sizes = [found or (1, 0.0) for found in lengths([job.film for job in jobs])]  # frames and seconds
         self.shares, self.began = dict[int, float](), time.monotonic()
@@ -321,13 +316,13 @@ def _verdict(film: Film, scan: Scan, rows: list[store.CuratedShot], pending: int
 def _fingerprint(name: str) -> str:
     """A cheap digest of a file: its size, its first and its last MiB; empty if it cannot be read."""
     try:
-        with opened(name) if is_remote(name) else open(name, "rb") as file:
+        with fsspec.open(name, "rb").open() if is_remote(name) else open(name, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             head = file.read(MIB)
             file.seek(max(0, size - MIB))
             return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()[:32]
-    except (OSError, UserError):  # missing, or not to be read: whoever opens it next will say so
+    except (OSError, ImportError, ValueError):  # missing, or not to be read: whoever opens it next will say so
         return ""
 
 

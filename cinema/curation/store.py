@@ -109,8 +109,7 @@ def story_of(path: Path) -> Story:
     Tags that captions name without an entry in the cast get one, without description.
     """
     film = read_film(path)
-    told = [s for s in film.shots if s.kept and s.caption]
-    if not told:
+    if not (told := [s for s in film.shots if s.kept and s.caption]):
         raise UserError(f"{path}: no shot is kept and has a caption; curate the film with an annotator")
     cast = {tag: Character(tag=tag) for s in told for tag in s.tags} | {c.tag: c for c in film.cast}
     shots = []
