@@ -32,7 +32,8 @@ BOUNDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between the bars of sh
 BARS = (f"under {BOUNDS[0]:g} s", *(f"{a:g} to {b:g} s" for a, b in pairwise(BOUNDS)), f"over {BOUNDS[-1]:g} s")
 THUMB = 240  # pixels across a picture of the contact sheet
 STRIP = 5  # pictures of a film on the first page
-NOTHING = {"counts": {"frames": 0, "shots": 0, "kept": 0}, "lasts_s": 0.0}  # what a film gives that failed
+# What a film gives that failed.
+NOTHING: dict[str, Any] = {"counts": {"frames": 0, "shots": 0, "kept": 0}, "lasts_s": 0.0, "page": "", "strip": []}
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,7 @@ class _Summary:
 
 
 def write_report(out: Path | str, workers: int = 1) -> Path:
-    """Write pages for people about a folder of curation; returns the first, report/index.html.
-
-    Raises:
-        UserError: `out` holds nothing of curation.
-    """
+    """Write pages for people about a folder of curation, UserError if it is none; returns the first, index.html."""
     folder = mirror(out) if isinstance(out, str) and is_remote(out) else Path(out)
     if not (done := _read_all(folder)):
         raise UserError(f"{out}: nothing was curated into this folder; name one that `cinema curate` wrote")
@@ -57,7 +54,7 @@ def write_report(out: Path | str, workers: int = 1) -> Path:
     seen = {jobs[i][1]: s for i, s in run_jobs(_write_film_page, jobs, workers=workers) if not isinstance(s, Died)}
     lasts, reasons = [s for one in seen.values() for s in one.lasts], [r for one in seen.values() for r in one.reasons]
     pages = {stem: {"page": quote(os.fsencode(f"{stem}.html")), "strip": seen[stem].strip} for stem in seen}
-    films = [film | pages.get(stem, {"page": "", "strip": []}) for stem, film in done.items()]
+    films = [film | pages.get(stem, {}) for stem, film in done.items()]
     page = folder / "report" / "index.html"
     _write(page, "index.html", title="Curated films", films=films, settings=_settings(films), **_charts(lasts, reasons))
     if folder != Path(out):
@@ -120,9 +117,8 @@ def _cell(value: Any) -> str:
 
 
 def _write(path: Path, template: str, **content: Any) -> None:
-    loader, escape = jinja2.FileSystemLoader(Path(__file__).parent / "pages"), jinja2.select_autoescape()
-    pages = jinja2.Environment(
-        loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
+    pages = jinja2.Environment(autoescape=jinja2.select_autoescape(), undefined=jinja2.StrictUndefined)
+    pages.loader = jinja2.FileSystemLoader(Path(__file__).parent / "pages")
+    pages.trim_blocks = pages.keep_trailing_newline = True
     pages.filters |= {"cell": _cell, "split_at_tags": re.compile(f"({TAG.pattern})").split}
     write_text(path, pages.get_template(template).render(**content))
