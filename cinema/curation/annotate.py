@@ -214,7 +214,7 @@ class ModelAnnotator(Annotator):
             return Caption(kept=False, reason=f"{what}: no usable caption after one repair ({error})")
 
     def _paid(self, messages: list[Any], schema: dict[str, Any], desk: Desk) -> Reply:
-        for attempt, _ in enumerate(iter(desk.may_ask, False)):
+        for attempt, _ in enumerate(iter(desk.may_ask, False)):  # until it says no
             if reply := self._reply(messages, schema, attempt):
                 return reply
         raise _Unanswered("LIMIT: the spending limit of the run was reached before this frame")

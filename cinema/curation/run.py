@@ -96,8 +96,7 @@ class _Job:
         if done["status"] == "failed":
             same = done.get("quarantined") and done["versions"] == about["versions"]
             return FilmReport(self.film, "failed", reason=done["reason"], skipped=True) if same else None
-        counts = done["counts"]
-        if counts["pending"] or not (self.out / f"{self.film.stem}.parquet").is_file():
+        if (counts := done["counts"])["pending"] or not (self.out / f"{self.film.stem}.parquet").is_file():
             return None
         return FilmReport(self.film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
 
@@ -136,11 +135,10 @@ def curate(
         height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
         detector: one of `shots.DETECTORS`.
         video: also write the shots as videos, `clips/<film stem>.tar`.
-        workers: films at a time; a core each.
+        workers: films at a time, a core each; does not count where `ray` spreads them over a Ray cluster.
         limit_s: seconds without any progress after which a film's process is taken to hang.
         max_requests, max_tokens: what this run may spend on captions; then it stops, and keeps what it has. Answers
             under way may exceed the tokens by their own length.
-        ray: spread the films over a Ray cluster instead; `workers` then does not count.
 
     Raises:
         UserError: no film, two of one name, a wrong setting, or `out` was made with other settings.
@@ -210,10 +208,9 @@ def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> F
     for row, c in zip(asked, captions, strict=True):
         rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
     store.write_film(out / f"{film.stem}.parquet", store.CuratedFilm(shown(film.name), cast, rows))
-    pending = sum(c.retry for c in captions)
-    done = about | _verdict(facts, scan, rows, pending)
+    done = about | _verdict(facts, scan, rows, sum(c.retry for c in captions))
     store.write_done(job.done_file, done)
-    if not pending:
+    if not done["counts"]["pending"]:
         looked.unlink(missing_ok=True)
     return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
 

@@ -74,7 +74,7 @@ def lengths(films: Sequence[Path], strict: bool = False, chunk: int = 64) -> lis
 
 def _look(job: tuple[Sequence[Path], bool], ask: Ask) -> list[tuple[int, float] | None]:
     files, strict = job
-    return [_facts(path, strict) for path in files if ask("looking", None)]
+    return [_facts(path, strict) for path in files if ask("looking", None)]  # the parent hears that it goes on
 
 
 def _facts(path: Path, strict: bool) -> tuple[int, float] | None:
