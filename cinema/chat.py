@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from cinema.errors import UserError
 
 Answer = TypeVar("Answer")
+Say = Callable[[list[Any], int], "Reply"]  # (messages, 0, or 1 for the second try) -> the model's reply to them
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,7 @@ class Endpoint:
 
 
 def endpoint_from_environment() -> Endpoint | None:
-    """The endpoint of CINEMA_LLM_BASE_URL, CINEMA_LLM_MODEL and CINEMA_LLM_API_KEY; None where no address is set.
-
-    Raises:
-        UserError: an address is set but no model.
-    """
+    """The endpoint that CINEMA_LLM_* name; None where no address is set, UserError where one is but no model."""
     if not (base_url := os.environ.get("CINEMA_LLM_BASE_URL")):
         return None
     if not (model := os.environ.get("CINEMA_LLM_MODEL")):
@@ -53,25 +50,14 @@ def ask(
     client: Any, model: str, system: str, question: Any, schema: dict[str, Any], read: Callable[[str], Answer]
 ) -> Answer:
     """Have a `converse` with a server about JSON of a schema; raises openai.OpenAIError if it gives no answer."""
-
-    def say(messages: list[Any], turn: int) -> Reply:
-        return request(client, model, messages, schema)
-
-    return converse(say, system, question, lambda reply: read(reply.text))
+    return converse(
+        lambda messages, _: request(client, model, messages, schema), system, question, lambda reply: read(reply.text)
+    )
 
 
-def converse(
-    say: Callable[[list[Any], int], Reply], system: str, question: Any, read: Callable[[Reply], Answer]
-) -> Answer:
-    """Ask a model; an answer that `read` refuses by ValueError goes back, once, with what is wrong.
-
-    Args:
-        say: gives the model's reply to messages; told 0, and 1 for the second try.
-        question: the user's message, text or a list of parts.
-
-    Raises:
-        AnswerError: the second answer is refused as well.
-    """
+def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:
+    """Ask a model, text or a list of parts; an answer that `read` refuses by ValueError goes back, once, with what is
+    wrong. Raises AnswerError where the second answer is refused as well."""
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for turn in range(2):
         reply = say(messages, turn)

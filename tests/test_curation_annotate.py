@@ -306,6 +306,17 @@ def test_every_film_may_have_a_character_bank_of_its_own(serve, tmp_path):
     assert json.loads(server.asked[0]["messages"][1]["content"][0]["text"])["cast"][0]["description"] == "red"
 
 
+def test_a_changed_bank_has_its_film_captioned_again_and_no_other(serve, tmp_path):
+    serve([json.dumps({"caption": "A door.", "tags": []})])
+    films = [make_film(tmp_path / f"{name}.mp4", [9]) for name in "ab"]
+    bank = "title: A\ncast: [{{tag: <ada>, description: {}}}]\nshots: [{{caption: <ada> waves.}}]\n"
+    for look, skipped in (("red", [False, False]), ("blue", [False, True]), ("blue", [True, True])):
+        (tmp_path / "a.yaml").write_text(bank.format(look))
+        report = curate(films, tmp_path / "out", annotator=VisionAnnotator(tmp_path), height=32)
+        assert [f.skipped for f in report.films] == skipped
+        assert read_film(tmp_path / "out" / "a.parquet").cast[0].description == look
+
+
 def test_a_wrong_key_or_no_server_stops_the_run_and_leaves_no_film(serve, slept, tmp_path, monkeypatch):
     film = make_film(tmp_path / "a.mp4", [12])
     serve([401])

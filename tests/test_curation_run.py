@@ -30,6 +30,7 @@ from cinema.curation import (
 )
 from cinema.curation.clips import read_clip, read_clips
 from cinema.curation.pool import Died, run_jobs
+from cinema.curation.remote import fetched
 from cinema.errors import UserError
 
 QUIET: dict[str, Any] = {"annotator": NoAnnotator(), "height": 32}
@@ -237,6 +238,18 @@ def test_addresses_work_like_folders(tmp_path, monkeypatch):
     assert [f.skipped for f in curate(found, there, **truth).films] == [True, True, False]
     with pytest.raises(StoppedError, match="cannot be reached"):
         curate(found, "nowhere://x", **truth)
+
+
+def test_a_film_at_an_address_is_here_only_while_needed_with_what_captions_are_made_of(tmp_path):
+    for name in ("a.mp4", "a.json", "a.txt"):
+        (tmp_path / name).write_text(name)
+    here = tmp_path / "here" / "a.mp4"
+    for sidecar, names in (("", ["a.mp4"]), (".txt", ["a.mp4", "a.txt"]), (".srt", ["a.mp4"])):
+        with fetched(f"local://{tmp_path}/a.mp4", here, sidecar):
+            assert files(here.parent) == {name: name.encode() for name in names}
+        assert files(here.parent) == {}
+    with pytest.raises(UserError, match="there is no such film"), fetched(f"local://{tmp_path}/b.mp4", here, ".txt"):
+        pass
 
 
 def test_ray_gives_the_same_bytes(tmp_path):

@@ -6,7 +6,6 @@ import email.utils
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -52,36 +51,29 @@ class Caption:
 
 @dataclass(frozen=True)
 class Desk:
-    """What an annotator works with: where it keeps answers, whom it tells how far it is, and who pays.
+    """What an annotator works with: where it keeps answers, whom it tells how far it is, and who pays."""
 
-    Attributes:
-        journal: a file for what models answered; None keeps nothing.
-        tell: told the share of captions done, 0 to 1.
-        may_ask: asked before every request; once it says no, nothing more is asked.
-        spent: told the tokens of every answer.
-    """
-
-    journal: Path | None = None
-    tell: Callable[[float], None] = lambda share: None
-    may_ask: Callable[[], bool] = lambda: True
-    spent: Callable[[int], None] = lambda tokens: None
+    journal: Path | None = None  # a file for what models answered; None keeps nothing
+    tell: Callable[[float], None] = lambda share: None  # told the share of captions done, 0 to 1
+    may_ask: Callable[[], bool] = lambda: True  # asked before every request; once it says no, nothing more is asked
+    spent: Callable[[int], None] = lambda tokens: None  # told the tokens of every answer
 
 
 class Annotator:
-    """Captions shots. This one names nobody, leaves captions empty and keeps every shot; others override it.
+    """Captions shots. This one names nobody, leaves captions empty and keeps every shot; others override it."""
 
-    Attributes:
-        costly: captions take long or cost money, so what precedes them is kept on disk meanwhile.
-        sidecar: ending of a file beside each film that captions are made of; if that changes, so did the film.
-    """
-
-    costly: ClassVar[bool] = False
-    sidecar: ClassVar[str] = ""
+    kind: ClassVar[str] = "none"
+    costly: ClassVar[bool] = False  # captions take long or cost money: what precedes them is kept on disk meanwhile
+    sidecar: ClassVar[str] = ""  # ending of a file beside each film that captions are made of; if it changes, so did it
 
     @property
     def identity(self) -> dict[str, str]:
         """What makes its captions what they are (kind, model, prompt); part of the run's configuration."""
-        return {"kind": "none"}
+        return {"kind": self.kind}
+
+    def bank(self, film: Path) -> Path | None:
+        """The file of a film's own character bank, which need not exist; if that changes, so did the film."""
+        return None
 
     def cast(self, film: Path) -> list[Character]:
         """The characters whom captions of this film may name."""
@@ -108,17 +100,10 @@ class _Sidecar(BaseModel):
 
 
 class GroundTruthAnnotator(Annotator):
-    """Reads captions from the JSON file that the toy world writes beside each film (`a.mp4` -> `a.json`).
+    """Reads what the toy world writes beside each film (`a.mp4` -> `a.json`); UserError if that is no ground truth."""
 
-    `cast` and `caption` raise UserError if that file is missing or is no ground truth.
-    """
-
+    kind: ClassVar[str] = "ground-truth"
     sidecar: ClassVar[str] = ".json"
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Its kind."""
-        return {"kind": "ground-truth"}
 
     def cast(self, film: Path) -> list[Character]:
         """The cast of the story that the film was drawn from."""
@@ -138,7 +123,7 @@ class GroundTruthAnnotator(Annotator):
             return Caption(kept=False, reason="the ground truth has no shot here")
         if not best.start_frame <= (shot.start_frame + shot.end_frame) // 2 < best.end_frame:
             return Caption(kept=False, reason="a cut was missed: its keyframe is of another true shot")
-        return Caption(best.caption, _tags(best.caption))
+        return Caption(best.caption, list(dict.fromkeys(TAG.findall(best.caption))))
 
     def _sidecar(self, film: Path) -> _Sidecar:
         path = film.with_suffix(self.sidecar)
@@ -165,48 +150,40 @@ class ModelAnnotator(Annotator):
 
     The character bank leads every prompt, the schema of the reply enumerates its names, and a reply that names
     anybody else or is no valid JSON goes back once with what is wrong. What the model answers is kept in a journal,
-    so nothing is asked twice.
-
-    Args:
-        model: its name, part of the journal's key.
-        cast: characters whom captions may name; or a folder with a story `<film stem>.yaml` for every film that has a
-            cast of its own.
+    so nothing is asked twice. `cast` are the characters whom captions may name, or a folder with a story
+    `<film stem>.yaml` for every film that has a cast of its own.
     """
 
     costly: ClassVar[bool] = True
-    kind: ClassVar[str] = ""
 
     def __init__(self, model: str, cast: Sequence[Character] | Path = ()):
-        self.model, self._cast = model, cast if isinstance(cast, Path) else list(cast)
+        self.model, self._banks = model, cast if isinstance(cast, Path) else None
+        self._cast = [] if isinstance(cast, Path) else list(cast)
 
     @property
     def identity(self) -> dict[str, str]:
-        """Model, prompt and cast."""
-        prompt = _prompt_hash("one per film" if isinstance(self._cast, Path) else _bank(self._cast))
-        return {"kind": self.kind, "model": self.model, "prompt_version": str(PROMPT_VERSION), "prompt_hash": prompt}
+        """Kind, model, prompt and cast; who is in a film's own bank counts for that film alone."""
+        prompt = _prompt_hash(self._banks or self._cast)
+        return super().identity | {"model": self.model, "prompt_version": str(PROMPT_VERSION), "prompt_hash": prompt}
+
+    def bank(self, film: Path) -> Path | None:
+        """Its place in the folder of banks, if there is one."""
+        return self._banks / f"{film.stem}.yaml" if self._banks else None
 
     def cast(self, film: Path) -> list[Character]:
         """The film's character bank; empty if a folder of banks has none for it."""
-        if not isinstance(self._cast, Path):
-            return self._cast
-        path = self._cast / f"{film.stem}.yaml"
-        return load_story(path).cast if path.is_file() else []
+        bank = self.bank(film)
+        return load_story(bank).cast if bank and bank.is_file() else self._cast
 
     def caption(self, film: Path, shots: Sequence[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Caption every shot; one that gets no usable answer is set aside, the reason beginning with one of FAULTS.
-
-        Raises:
-            StoppedError: the model cannot be reached at all, or nothing can be written.
-        """
+        Raises StoppedError where the model cannot be reached at all, or nothing can be written."""
         captions, cast = list[Caption](), self.cast(film)
         with contextlib.closing(Journal(desk.journal)) as journal, contextlib.closing(self):
             for number, shot in enumerate(shots):
                 desk.tell(number / len(shots))
                 before = [c.text for c in captions if c.text][-CONTEXT:]
-                try:
-                    captions.append(self._ask(shot.image or b"", cast, before, journal, desk))
-                except _Unanswered as why:
-                    captions.append(Caption(kept=False, reason=str(why), retry=True))
+                captions.append(self._ask(shot.image or b"", cast, before, journal, desk))
         return captions
 
     def close(self) -> None:
@@ -219,10 +196,10 @@ class ModelAnnotator(Annotator):
         schema, tags = _Answer.model_json_schema(), sorted(c.tag for c in cast)
         if tags:
             schema["properties"]["tags"]["items"] = {"enum": tags}
-        key = hashlib.sha256(frame).hexdigest(), self.model, _prompt_hash(_bank(cast))
+        key = hashlib.sha256(frame).hexdigest(), self.model, _prompt_hash(cast)
 
         def say(messages: list[Any], turn: int) -> Reply:
-            if (reply := journal.find((*key, turn))) is None:
+            if (reply := journal.answers.get((*key, turn))) is None:
                 reply = self._paid(messages, schema, desk)
                 journal.add((*key, turn), reply)
                 desk.spent(reply.tokens)
@@ -230,40 +207,27 @@ class ModelAnnotator(Annotator):
 
         try:
             return converse(say, PROMPT, question, lambda reply: _read(reply, tags))
+        except _Unanswered as why:
+            return Caption(kept=False, reason=str(why), retry=True)
         except AnswerError as error:
             what = "TRUNCATED" if error.reply.finish == "length" else "INVALID"
             return Caption(kept=False, reason=f"{what}: no usable caption after one repair ({error})")
 
     def _paid(self, messages: list[Any], schema: dict[str, Any], desk: Desk) -> Reply:
-        for attempt in itertools.count():
-            if not desk.may_ask():
-                break
+        for attempt, _ in enumerate(iter(desk.may_ask, False)):  # until it says no
             if reply := self._reply(messages, schema, attempt):
                 return reply
         raise _Unanswered("LIMIT: the spending limit of the run was reached before this frame")
 
     def _reply(self, messages: list[Any], schema: dict[str, Any], attempt: int) -> Reply | None:
-        """Ask the model itself; None to be called again.
-
-        Raises:
-            _Unanswered: it cannot answer for now.
-            StoppedError: it never will.
-        """
+        """Ask the model itself; None to be called again. Raises _Unanswered if it cannot for now, else StoppedError."""
         raise NotImplementedError
 
 
 class VisionAnnotator(ModelAnnotator):
-    """Asks a vision model behind any OpenAI-compatible server.
+    """Asks a vision model behind any OpenAI-compatible server; UserError if one of SETTINGS is missing.
 
-    The address, the key and the model come from CINEMA_LLM_BASE_URL, CINEMA_LLM_API_KEY and CINEMA_LLM_MODEL.
-
-    Args:
-        cast: as for `ModelAnnotator`.
-        retries: how often a request that the server refuses for now (429, 5xx) is repeated, with back-off.
-        timeout: seconds to wait for an answer.
-
-    Raises:
-        UserError: one of the three settings is missing.
+    Requests that it refuses for now (429, 5xx) are repeated `retries` times, with back-off; `timeout` is in seconds.
     """
 
     kind: ClassVar[str] = "vision"
@@ -299,11 +263,11 @@ class VisionAnnotator(ModelAnnotator):
                 time.sleep(_pause(error, attempt, self._host))
                 return None
             if refused or (status is None and not late):
-                what = (
+                why = (
                     f"the key, the credit or the model is refused ({status})" if refused else "no vision server answers"
                 )
                 raise StoppedError(
-                    f"{self._host}: {what}; correct CINEMA_LLM_* and go on with the same command"
+                    f"{self._host}: {why}; correct CINEMA_LLM_* and go on with the same command"
                 ) from None
             what = "did not answer in time" if late else f"answered {status}"
             raise _Unanswered(f"ERROR: the vision server {what}") from None
@@ -324,13 +288,7 @@ def _pause(error: openai.APIError, attempt: int, host: str) -> float:
 class LocalAnnotator(ModelAnnotator):
     """Asks a vision model that runs in this process, by transformers' image-text-to-text classes.
 
-    Args:
-        model: a folder, or a name on the Hugging Face hub.
-        cast: as for `ModelAnnotator`.
-        longest: tokens that an answer may have.
-
-    Raises:
-        UserError: no model is named.
+    `model` is a folder or a name on the Hugging Face hub, UserError if there is none; an answer has `longest` tokens.
     """
 
     kind: ClassVar[str] = "local"
@@ -371,15 +329,12 @@ class LocalAnnotator(ModelAnnotator):
 
 
 def _template_parts(content: str | list[Any]) -> list[dict[str, Any]]:
-    """A message's content as transformers' chat templates take it: text, and pictures instead of data addresses."""
+    """A message's content as transformers' chat templates take it: text, and a picture instead of its data address."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [_picture(part["image_url"]["url"]) if part["type"] == "image_url" else part for part in content]
-
-
-def _picture(url: str) -> dict[str, Any]:
-    data = base64.b64decode(url.partition(",")[2])
-    return {"type": "image", "image": Image.open(io.BytesIO(data)).convert("RGB")}
+    text, picture = content
+    data = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+    return [text, {"type": "image", "image": Image.open(io.BytesIO(data)).convert("RGB")}]
 
 
 def _read(reply: Reply, allowed: list[str]) -> Caption:
@@ -391,7 +346,7 @@ def _read(reply: Reply, allowed: list[str]) -> Caption:
     except ValidationError as error:
         raise ValueError("it was cut off; be brief" if reply.finish == "length" else _first(error)) from None
     caption = " ".join(answer.caption.split())
-    tags = _tags(caption)
+    tags = list(dict.fromkeys(TAG.findall(caption)))
     if strangers := [t for t in [*tags, *answer.tags] if t not in allowed]:
         raise ValueError(f"{strangers[0]} is not a tag of the cast")
     if set(tags) != set(answer.tags):
@@ -399,16 +354,9 @@ def _read(reply: Reply, allowed: list[str]) -> Caption:
     return Caption(caption, tags)
 
 
-def _bank(cast: Sequence[Character]) -> str:
-    return json.dumps([c.model_dump() for c in cast])
-
-
-def _prompt_hash(bank: str) -> str:
+def _prompt_hash(cast: Sequence[Character] | Path) -> str:
+    bank = "one per film" if isinstance(cast, Path) else json.dumps([c.model_dump() for c in cast])
     return hashlib.sha256(f"{PROMPT}\n{CONTEXT}\n{bank}".encode()).hexdigest()[:16]
-
-
-def _tags(caption: str) -> list[str]:
-    return list(dict.fromkeys(TAG.findall(caption)))
 
 
 def _first(error: ValidationError) -> str:

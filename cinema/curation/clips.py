@@ -14,7 +14,7 @@ import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cinema.curation.film import Film, Frame, FrameReader
+from cinema.curation.film import Film, FrameReader
 from cinema.curation.store import CuratedShot, schema_of, writing
 from cinema.errors import UserError
 from cinema.files import atomic
@@ -44,8 +44,8 @@ def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[
         for shot, video in _videos(film, shots, tell):
             entry = tarfile.TarInfo(f"{shot:05}.mp4")  # owner, mode and time are the same for all
             entry.size = len(video)
+            clips.append(Clip(shot, path.name, tar.offset + tarfile.BLOCKSIZE, len(video)))  # its header is one block
             tar.addfile(entry, io.BytesIO(video))
-            clips.append(Clip(shot, path.name, tar.offset - -(-len(video) // 512) * 512, len(video)))
     table = pa.Table.from_pylist([vars(clip) for clip in clips], schema=schema_of(Clip))
     with writing(path), atomic(path.with_suffix(".parquet")) as part, open(part, "wb") as file:
         pq.write_table(table, file)
@@ -53,8 +53,7 @@ def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[
 
 def read_clips(out: Path, stem: str) -> list[Clip]:
     """Where the videos of a film's shots lie, in order; UserError if there are none."""
-    path = out / FOLDER / f"{stem}.parquet"
-    if not path.is_file():
+    if not (path := out / FOLDER / f"{stem}.parquet").is_file():
         raise UserError(f"{path}: there is no such table; curate the film with --video")
     with open(path, "rb") as file:
         return [Clip(**row) for row in pq.read_table(file).to_pylist()]
@@ -69,8 +68,7 @@ def read_clip(out: Path, clip: Clip) -> bytes:
 
 def _videos(film: Film, shots: list[CuratedShot], tell: Callable[[float], None]) -> Iterator[tuple[int, bytes]]:
     """(number, MP4 file) of every kept shot; the film is decoded once."""
-    wanted = [shot for shot in shots if shot.kept]
-    frames: Iterator[Frame] = iter(FrameReader(film))
+    wanted, frames = [shot for shot in shots if shot.kept], iter(FrameReader(film))
     for number, shot in enumerate(wanted):
         tell(number / len(wanted))
         buffer = io.BytesIO()

@@ -19,20 +19,16 @@ class Journal:
     """
 
     def __init__(self, path: Path | None):
-        self._path, self._known = path, dict[Key, Reply]()
+        self._path, self.answers = path, dict[Key, Reply]()
         if path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
                 self._read()
 
-    def find(self, key: Key) -> Reply | None:
-        """The answer of an earlier run or of this one."""
-        return self._known.get(key)
-
     def add(self, key: Key, reply: Reply) -> None:
         """Keep an answer; it is on disk when this returns."""
-        self._known[key] = reply
+        self.answers[key] = reply
         if self._path is not None:
             line = (json.dumps({"key": key, **asdict(reply)}) + "\n").encode()
             with writing(self._path):
@@ -51,11 +47,10 @@ class Journal:
 
             fcntl.flock(self._file, fcntl.LOCK_EX)
         self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))  # after a power cut, or on a full disk, a line may be half
+        whole, _, half = self._file.read().rpartition(b"\n")
+        self._file.truncate(self._file.tell() - len(half))  # a power cut or a full disk may leave half a line
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 frame, model, prompt, turn = entry.pop("key")
-                self._known[frame, model, prompt, turn] = Reply(**entry)
+                self.answers[frame, model, prompt, turn] = Reply(**entry)

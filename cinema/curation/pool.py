@@ -22,6 +22,7 @@ from cinema.errors import UserError
 TRIES = 2  # a crash may have been another's fault: memory taken away, a disk that was gone
 START_S = 600.0  # seconds that a child may need to import what it needs
 Ask = Callable[[str, Any], Any]  # (kind, value) -> the parent's answer
+Function = Callable[[Any, Ask], Any]  # (job, ask) -> the job's result
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Died:
 class _Child:
     """A process that does one job; `line` is ready to read when it has something to say, or is dead."""
 
-    def __init__(self, context: Any, function: Callable[[Any, Ask], Any], job: Any, number: int, tries: int):
+    def __init__(self, context: Any, function: Function, job: Any, number: int, tries: int):
         self.number, self.tries = number, tries
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=_main, args=(theirs, function, job), daemon=True)
@@ -43,20 +44,19 @@ class _Child:
         self.deadline = time.monotonic() + START_S
 
     def hear(self, limit_s: float, answer: Callable[[int, str, Any], Any]) -> tuple[str, Any]:
-        """One message: ("done", result), ("died", why if known), or ("", None) for one that was answered."""
+        """One message: ("done", result), ("died", why if known), or another kind, which was answered."""
         if not self.line.poll():
             return "died", f"its process showed no progress for {limit_s:g} s"
         try:
             kind, value = self.line.recv()
             if kind == "stopped":
                 raise StoppedError(value)
-            if kind in ("done", "died"):
-                return kind, value
-            self.line.send(kind == "started" or answer(self.number, kind, value))
+            if kind not in ("done", "died"):
+                self.line.send(kind == "started" or answer(self.number, kind, value))
         except (EOFError, OSError):
             return "died", ""
         self.deadline = time.monotonic() + limit_s
-        return "", None
+        return kind, value
 
     def end(self, grace_s: float = 0.0) -> str:
         """Kill it if it does not end by itself in `grace_s` seconds, and say how it ended."""
@@ -73,7 +73,7 @@ class _Child:
 
 
 def run_jobs(
-    function: Callable[[Any, Ask], Any],
+    function: Function,
     jobs: Sequence[Any],
     *,
     workers: int = 1,
@@ -83,19 +83,15 @@ def run_jobs(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number of the job, what `function` returned or Died) in the order in which jobs end.
 
-    Args:
-        function: called in a child of its own for each job, as `function(job, ask)`; both must be picklable.
-        workers: children at a time.
-        limit_s: seconds that a child may say nothing before it is killed.
-        answer: called here for every message, as (number of the job, kind, value); the child gets what it returns.
-        go_on: once it says no, no further job is begun.
+    Each job is a call `function(job, ask)` in a child of its own, of which there are `workers` at a time; both must be
+    picklable. A child that says nothing for `limit_s` seconds is killed. For every message `answer` is called here, as
+    (number of the job, kind, value), and the child gets what it returns. Once `go_on` says no, no job is begun.
 
-    Raises:
-        StoppedError: a job raised it; all others are killed.
+    Raises StoppedError where a job raised it; all others are killed.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if hasattr(context, "set_forkserver_preload"):
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
         context.set_forkserver_preload(["cinema.curation.run"])  # imported once, so a child starts in milliseconds
     waiting, running = deque((number, 1) for number in range(len(jobs))), dict[Connection, _Child]()
     try:
@@ -104,23 +100,23 @@ def run_jobs(
                 number, tries = waiting.popleft()
                 child = _Child(context, function, jobs[number], number, tries)
                 running[child.line] = child
-            patience = min(c.deadline for c in running.values()) - time.monotonic()
-            ready = wait(list(running), max(0.0, patience))
+            ready = wait(list(running), max(0.0, min(c.deadline for c in running.values()) - time.monotonic()))
             for child in [c for c in running.values() if c.line in ready or c.deadline <= time.monotonic()]:
                 kind, value = child.hear(limit_s, answer)
-                if kind:
-                    del running[child.line]
-                    how = child.end(0.0 if value else 1.0)
-                    if kind == "died" and child.tries < TRIES:
-                        waiting.appendleft((child.number, child.tries + 1))
-                        continue
+                if kind not in ("done", "died"):
+                    continue
+                del running[child.line]
+                how = child.end(0.0 if value else 1.0)
+                if kind == "died" and child.tries < TRIES:
+                    waiting.appendleft((child.number, child.tries + 1))
+                else:
                     yield child.number, value if kind == "done" else Died(f"{value or how}; it was tried {TRIES} times")
     finally:
         for child in running.values():
             child.end()
 
 
-def _main(line: Connection, function: Callable[[Any, Ask], Any], job: Any) -> None:
+def _main(line: Connection, function: Function, job: Any) -> None:
     """What a child does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well, and ends us
     if cv2 := sys.modules.get("cv2"):
@@ -143,17 +139,11 @@ def _main(line: Connection, function: Callable[[Any, Ask], Any], job: Any) -> No
     line.send((kind, value))
 
 
-def run_on_ray(
-    function: Callable[[Any, Ask], Any], jobs: Sequence[Any], *, limit_s: float = 900.0, **_: Any
-) -> Iterator[tuple[int, Any]]:
+def run_on_ray(function: Function, jobs: Sequence[Any], *, limit_s: float, **_: Any) -> Iterator[tuple[int, Any]]:
     """As `run_jobs`, spread over a Ray cluster, one core per job; its other settings mean nothing here.
 
     Every machine of the cluster must reach the films and the folder of results: a shared disk, or an address such as
-    ``s3://bucket/films``. A job still runs in a child process of its worker.
-
-    Raises:
-        UserError: ray is not installed.
-        StoppedError: a job raised it.
+    ``s3://bucket/films``. A job still runs in a child process of its worker. UserError where ray is not installed.
     """
     try:
         import ray.data
@@ -173,7 +163,7 @@ def _attend(row: dict[str, Any]) -> dict[str, Any]:
     """Do one job in a child of a Ray worker."""
     function, job, limit_s = pickle.loads(row["job"])
     try:
-        _, result = next(iter(run_jobs(function, [job], limit_s=limit_s)))
+        ((_, result),) = run_jobs(function, [job], limit_s=limit_s)
     except StoppedError as error:
         result = error
     return {"number": row["number"], "result": pickle.dumps(result)}

@@ -1,5 +1,4 @@
-"""Films and results at addresses such as ``s3://bucket/films``, through fsspec: copied here to be read, and sent when
-they are done.
+"""Films and results at addresses such as ``s3://bucket/films``, through fsspec: copied here to be read, sent when done.
 
 What is sent is kept in a folder here as well, so a run that was killed goes on from there. Everything here raises
 StoppedError where a place cannot be reached.
@@ -10,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import fsspec
 
@@ -56,38 +54,30 @@ def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda pat
     with _reaching(address):
         fs, root = fsspec.url_to_fs(address)
         for path in sorted(files, key=lambda p: p.name.endswith(".done.json")):
-            there = str(PurePosixPath(root) / path.relative_to(folder).as_posix())
+            there = str(PurePosixPath(root, path.relative_to(folder).as_posix()))
             if path.suffix in SMALL or not fs.exists(there) or fs.size(there) != path.stat().st_size:
                 fs.makedirs(str(PurePosixPath(there).parent), exist_ok=True)
                 fs.put_file(str(path), there)
 
 
 @contextmanager
-def fetched(source: str, film: Path) -> Iterator[None]:
-    """Copy the film at `source`, and its sidecar, to `film` for the length of a block; UserError if there is none."""
-    with _reaching(source):
-        fs, path = fsspec.url_to_fs(source)
-        missing = not fs.exists(path)
-    if missing:
-        raise UserError(f"{source}: there is no such film; correct the address")
-    with _reaching(source):
-        there = PurePosixPath(path)
-        copies = {there: film, there.with_suffix(".json"): film.with_suffix(".json")}
-        for there, here in copies.items():
-            if here == film or fs.exists(str(there)):
-                with atomic(here) as part:
-                    fs.get_file(str(there), str(part))
+def fetched(source: str, film: Path, sidecar: str) -> Iterator[None]:
+    """Copy a film, and a file of the ending `sidecar` beside it, for the length of a block; UserError without film."""
+    endings = [film.suffix, sidecar] if sidecar else [film.suffix]
     try:
+        with _reaching(source):
+            fs, path = fsspec.url_to_fs(source)
+            theirs = {ending: str(PurePosixPath(path).with_suffix(ending)) for ending in endings}
+            found = [ending for ending in endings if fs.exists(theirs[ending])]
+            for ending in found:
+                with atomic(film.with_suffix(ending)) as part:
+                    fs.get_file(theirs[ending], str(part))
+        if film.suffix not in found:
+            raise UserError(f"{source}: there is no such film; correct the address")
         yield
     finally:
-        for here in copies.values():
-            here.unlink(missing_ok=True)
-
-
-def opened(source: str) -> Any:
-    """The file at an address, to be read in parts."""
-    with _reaching(source):
-        return fsspec.open(source, "rb").open()
+        for ending in endings:
+            film.with_suffix(ending).unlink(missing_ok=True)
 
 
 def incoming(source: str) -> Path:

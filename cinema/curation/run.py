@@ -2,54 +2,47 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from cinema.config import preset
+from cinema.curation import store
 from cinema.curation.annotate import FAULTS, Annotator, Desk
 from cinema.curation.clips import FOLDER as CLIPS
 from cinema.curation.clips import write_clips
 from cinema.curation.film import Film, probe
 from cinema.curation.pool import Ask, Died, run_jobs, run_on_ray
-from cinema.curation.remote import fetched, incoming, is_remote, mirror, opened, send
+from cinema.curation.remote import fetched, incoming, is_remote, mirror, send
 from cinema.curation.report import write_card
 from cinema.curation.scan import Scan, scan_film
 from cinema.curation.search import lengths
 from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT
-from cinema.curation.store import (
-    STORE_VERSION,
-    UNREADABLE,
-    CuratedFilm,
-    CuratedShot,
-    StoppedError,
-    read_done,
-    read_rows,
-    write_done,
-    write_film,
-    write_rows,
-)
 from cinema.errors import UserError
 
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
 MIB = 2**20
+Progress = Callable[[int, int, str], None]  # told frames done, frames in all, what is happening and how fast
 
 
 @dataclass(frozen=True)
 class FilmReport:
-    """What became of one film, and why.
-
-    "ok", "partial" (used, but some of it is missing or broken), "failed", or "waiting" if the run stopped before it.
-    """
+    """What became of one film, and why."""
 
     film: Path | str
-    status: str
+    status: (
+        str  # "ok", "partial" (used, but not all is there or whole), "failed", "waiting" if the run stopped before it
+    )
     shots: int = 0  # rows written
     kept: int = 0  # those fit for training
     reason: str = ""  # of partial and failed, one sentence
@@ -73,18 +66,47 @@ class CurationReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """A film and everything that a child process needs to know."""
+    """A film, what is asked of it and where its files go: everything that a child process needs to know."""
 
     film: Path
     out: Path
-    options: dict[str, Any]  # of `curate_film`
-    source: str  # address to fetch the film from, or empty
-    address: str  # address to send results to, or empty
+    annotator: Annotator
+    config: dict[str, Any]  # of `_config`
+    source: str = ""  # address to fetch the film from
+    address: str = ""  # address to send results to
 
     @property
+    def done_file(self) -> Path:
+        return self.out / f"{self.film.stem}.done.json"
+
+    @cached_property
     def about(self) -> dict[str, Any]:
         """The part of a done-file that says what was asked, and of whom."""
-        return _about(self.film, self.source, **self.options)
+        names, sidecar, bank = [self.source or str(self.film)], self.annotator.sidecar, self.annotator.bank(self.film)
+        names += [os.path.splitext(names[0])[0] + sidecar] if sidecar else []
+        names += [str(bank)] if bank else []
+        versions, digest = {name: version(name) for name in PACKAGES}, "".join(map(_fingerprint, names))
+        return {"film": shown(self.film.name), "config": self.config, "versions": versions, "fingerprint": digest}
+
+    def finished(self) -> FilmReport | None:
+        """What an earlier run left of the film, if there is nothing more to do."""
+        about, done = self.about, store.read_done(self.done_file)
+        if any(done.get(key) != about[key] for key in ("config", "fingerprint")):
+            return None
+        if done["status"] == "failed":
+            same = done.get("quarantined") and done["versions"] == about["versions"]
+            return FilmReport(self.film, "failed", reason=done["reason"], skipped=True) if same else None
+        if (counts := done["counts"])["pending"] or not (self.out / f"{self.film.stem}.parquet").is_file():
+            return None
+        return FilmReport(self.film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
+
+    def failed(self, reason: str, quarantined: bool = False) -> FilmReport:
+        """Write down why the film gave nothing, unless an earlier run saved something of it."""
+        reason = shown(reason) + f"; delete {shown(self.done_file.name)} to have it tried again" * quarantined
+        if store.read_done(self.done_file).get("status", "failed") == "failed":
+            why = {"status": "failed", "reason": reason, "quarantined": quarantined}
+            store.write_done(self.done_file, self.about | why)
+        return FilmReport(self.film, "failed", reason=reason)
 
 
 def curate(
@@ -100,7 +122,7 @@ def curate(
     max_requests: int | None = None,
     max_tokens: int | None = None,
     ray: bool = False,
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> CurationReport:
     """Curate films into a folder; the same command goes on where it was killed and ends with the same bytes.
 
@@ -110,37 +132,34 @@ def curate(
     Args:
         films: files, each with a name of its own, here or at addresses; `search.find_films` finds them in folders.
         out: folder for `<film stem>.parquet` and `<film stem>.done.json`, here or at an address.
-        annotator: writes the captions.
         height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
         detector: one of `shots.DETECTORS`.
         video: also write the shots as videos, `clips/<film stem>.tar`.
-        workers: films at a time; a core each.
+        workers: films at a time, a core each; does not count where `ray` spreads them over a Ray cluster.
         limit_s: seconds without any progress after which a film's process is taken to hang.
-        max_requests: requests that this run may send for captions; then it stops, and keeps what it has.
-        max_tokens: tokens that this run may pay for, likewise; answers under way may exceed it by their own length.
-        ray: spread the films over a Ray cluster instead; `workers` then does not count.
-        on_progress: told (frames done, frames in all, what is happening and how fast).
+        max_requests, max_tokens: what this run may spend on captions; then it stops, and keeps what it has. Answers
+            under way may exceed the tokens by their own length.
 
     Raises:
         UserError: no film, two of one name, a wrong setting, or `out` was made with other settings.
         StoppedError: the run cannot go on: nothing can be written, or the annotator's server is not there.
     """
-    if ray and (max_requests is not None or max_tokens is not None):
+    limits = max_requests, max_tokens
+    if ray and limits != (None, None):
         raise UserError("a spending limit cannot be kept on a Ray cluster; leave away --ray or the limit")
-    options: dict[str, Any] = {"annotator": annotator, "height": height, "detector": detector, "video": video}
-    settings, address = _settings(**options), str(out) if is_remote(str(out)) else ""
+    config, address = _config(annotator, height, detector, video), str(out) if is_remote(str(out)) else ""
     folder = mirror(address) if address else Path(out)
-    sources = {incoming(str(f)) if is_remote(str(f)) else Path(f): str(f) for f in films}
-    _check(list(sources), folder, settings)
-    jobs = [_Job(f, folder, options, s if is_remote(s) else "", address) for f, s in sources.items()]
-    reports = {job.film: report for job in jobs if (report := _finished(job.film, folder, job.about))}
-    jobs = [job for job in jobs if job.film not in reports]
-    tally = _Tally([job.film for job in jobs], max_requests, max_tokens, on_progress)
-    reports |= tally.follow(jobs, run_on_ray if ray else run_jobs, workers=workers, limit_s=limit_s)
+    new = partial(_Job, out=folder, annotator=annotator, config=config, address=address)
+    jobs = [new(incoming(f), source=f) if is_remote(f) else new(Path(f)) for f in map(str, films)]
+    jobs = list({job.film: job for job in jobs}.values())
+    _check([job.film for job in jobs], folder, config)
+    reports = {job.film: report for job in jobs if (report := job.finished())}
+    tally = _Tally([job for job in jobs if job.film not in reports], limits, on_progress)
+    reports |= tally.follow(run_on_ray if ray else run_jobs, workers=workers, limit_s=limit_s)
     write_card(folder)
     if address:
         send(folder, address)
-    told = [replace(reports[film], film=s) if is_remote(s) else reports[film] for film, s in sources.items()]
+    told = [replace(reports[job.film], film=job.source or job.film) for job in jobs]
     return CurationReport(told, tally.out_of_money, tally.requests, tally.tokens)
 
 
@@ -152,45 +171,10 @@ def curate_film(
     height: int | None = None,
     detector: str = DETECTOR,
     video: bool = False,
-    on_progress: Callable[[float, str], None] | None = None,
-    desk: Desk | None = None,
 ) -> FilmReport:
-    """Curate one film in this process; as `curate`, but what is wrong with the film is raised as UserError.
-
-    `on_progress` is told the share done, 0 to 1, and what is happening; `desk` says whether captions may be paid for.
-    """
-    tell = on_progress or (lambda share, message: None)
-    about = _about(film, annotator=annotator, height=height, detector=detector, video=video)
-    looked = out / f".{film.stem}.scan.parquet"  # what the film shows, while its captions are not done
-    half = re.compile(rf"\.\.?{re.escape(film.stem)}(\.done|\.scan)?\.part\d+\.\w+")
-    for stale in (*out.glob(".*.part*"), *(out / CLIPS).glob(".*.part*")):  # of a run that was killed while writing
-        if half.fullmatch(stale.name):
-            stale.unlink(missing_ok=True)
-    if report := _finished(film, out, about):
-        looked.unlink(missing_ok=True)
-        return report
-    facts = probe(film)
-    cast = annotator.cast(film)  # before the work: it may say that there is none
-    if (scan := _read_scan(looked, about)) is None:
-        looks = 0.5 if video else 0.9  # share of the work
-        height = about["config"]["height"]
-        scan = scan_film(facts, height, detector, lambda share, message: tell(looks * share, message))
-        if video:
-            write_clips(facts, scan.rows, out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
-        if annotator.costly:
-            write_rows(looked, scan.rows, about | {"scan": vars(scan) | {"rows": None}})
-    rows, asked = list(scan.rows), [row for row in scan.rows if row.kept]
-    desk = replace(desk or Desk(), tell=lambda share: tell(0.9 + 0.1 * share, "captions"))
-    captions = annotator.caption(film, asked, replace(desk, journal=out / f"{film.stem}.captions.jsonl"))
-    for row, c in zip(asked, captions, strict=True):
-        rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
-    write_film(out / f"{film.stem}.parquet", CuratedFilm(shown(film.name), cast, rows))
-    pending = sum(c.retry for c in captions)
-    done = about | _verdict(facts, scan, rows, pending)
-    write_done(out / f"{film.stem}.done.json", done)
-    if not pending:
-        looked.unlink(missing_ok=True)
-    return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
+    """Curate one film in this process; as `curate`, but what is wrong with the film is raised as UserError."""
+    job = _Job(film, out, annotator, _config(annotator, height, detector, video))
+    return _curate_film(job, lambda share, message: None, Desk())
 
 
 def shown(name: str) -> str:
@@ -198,24 +182,58 @@ def shown(name: str) -> str:
     return " ".join(os.fsencode(name).decode(errors="backslashreplace").split())
 
 
+def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> FilmReport:
+    """Curate one film. `tell` is told the share done, 0 to 1, and what is happening; `desk` says who pays."""
+    film, out, about = job.film, job.out, job.about
+    looked = out / f".{film.stem}.scan.parquet"  # what the film shows, while its captions are not done
+    half = re.compile(rf"\.\.?{re.escape(film.stem)}(\.done|\.scan)?\.part\d+\.\w+")
+    for stale in (*out.glob(".*.part*"), *(out / CLIPS).glob(".*.part*")):  # of a run that was killed while writing
+        if half.fullmatch(stale.name):
+            stale.unlink(missing_ok=True)
+    if report := job.finished():
+        looked.unlink(missing_ok=True)
+        return report
+    facts = probe(film)
+    cast = job.annotator.cast(film)  # before the work: it may say that there is none
+    if (scan := _read_scan(looked, about)) is None:
+        config, looks = job.config, 0.5 if job.config["video"] else 0.9  # share of the work
+        scan = scan_film(facts, config["height"], config["detector"], lambda part, what: tell(looks * part, what))
+        if config["video"]:
+            write_clips(facts, scan.rows, out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
+        if job.annotator.costly:
+            store.write_rows(looked, scan.rows, about | {"scan": vars(scan) | {"rows": None}})
+    rows, asked, journal = list(scan.rows), [row for row in scan.rows if row.kept], out / f"{film.stem}.captions.jsonl"
+    desk = replace(desk, journal=journal, tell=lambda share: tell(0.9 + 0.1 * share, "captions"))
+    captions = job.annotator.caption(film, asked, desk)
+    for row, c in zip(asked, captions, strict=True):
+        rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
+    store.write_film(out / f"{film.stem}.parquet", store.CuratedFilm(shown(film.name), cast, rows))
+    done = about | _verdict(facts, scan, rows, sum(c.retry for c in captions))
+    store.write_done(job.done_file, done)
+    if not done["counts"]["pending"]:
+        looked.unlink(missing_ok=True)
+    return FilmReport(film, done["status"], len(rows), done["counts"]["kept"], done["reason"])
+
+
 def _curate(job: _Job, ask: Ask) -> FilmReport:
     """Curate one film, in a child."""
-    told: list[Any] = [-1.0, "", 0.0]  # share, message, when
+    last = -1.0, "", 0.0  # share, message, when
 
     def tell(share: float, message: str) -> None:
+        nonlocal last
         now = time.monotonic()
-        if message != told[1] or share >= told[0] + 0.005 or now > told[2] + 5:
-            told[:] = share, message, now
+        if message != last[1] or share >= last[0] + 0.005 or now > last[2] + 5:
+            last = share, message, now
             ask("progress", (share, message))
 
+    desk = Desk(may_ask=lambda: ask("request", 1), spent=lambda tokens: ask("tokens", tokens))
     try:
-        desk = Desk(may_ask=lambda: ask("request", 1), spent=lambda tokens: ask("tokens", tokens))
-        with fetched(job.source, job.film) if job.source else contextlib.nullcontext():
-            report = curate_film(job.film, job.out, **job.options, on_progress=tell, desk=desk)
-    except StoppedError:
+        with fetched(job.source, job.film, job.annotator.sidecar) if job.source else contextlib.nullcontext():
+            report = _curate_film(replace(job, source=""), tell, desk)
+    except store.StoppedError:
         raise
     except UserError as error:
-        report = _failed(job, str(error))
+        report = job.failed(str(error))
     if job.address:
         tell(1.0, "sending")
         send(job.out, job.address, lambda path: path.name.startswith(f"{job.film.stem}."))
@@ -225,27 +243,22 @@ def _curate(job: _Job, ask: Ask) -> FilmReport:
 class _Tally:
     """How far all films are, how fast it goes, and what captions cost; no limit if that is None."""
 
-    def __init__(
-        self,
-        films: list[Path],
-        max_requests: int | None,
-        max_tokens: int | None,
-        on_progress: Callable[[int, int, str], None] | None,
-    ):
-        self.films, self.max_requests, self.max_tokens, self.on_progress = films, max_requests, max_tokens, on_progress
+    def __init__(self, jobs: list[_Job], limits: tuple[int | None, int | None], on_progress: Progress | None):
+        self.jobs, self.on_progress = jobs, on_progress or (lambda done, total, message: None)
+        self.max_requests, self.max_tokens = (math.inf if limit is None else limit for limit in limits)
         self.requests, self.tokens, self.out_of_money = 0, 0, False
-        self.sizes = [found or (1, 0.0) for found in lengths(films)]  # frames and seconds
+        self.sizes = [found or (1, 0.0) for found in lengths([job.film for job in jobs])]  # frames and seconds
         self.shares, self.began = dict[int, float](), time.monotonic()
 
-    def follow(self, jobs: list[_Job], run: Callable[..., Any], **how: Any) -> dict[Path, FilmReport]:
+    def follow(self, run: Callable[..., Any], **how: Any) -> dict[Path, FilmReport]:
         """Have all jobs done; a film that was not begun waits."""
         not_begun = "not begun: the spending limit was reached before"
-        reports = {job.film: FilmReport(job.film, "waiting", reason=not_begun) for job in jobs}
-        running = run(_curate, jobs, answer=self.answer, go_on=lambda: not self.out_of_money, **how)
+        reports = {job.film: FilmReport(job.film, "waiting", reason=not_begun) for job in self.jobs}
+        running = run(_curate, self.jobs, answer=self.answer, go_on=lambda: not self.out_of_money, **how)
         with contextlib.closing(running):
             for number, result in running:
-                job = jobs[number]
-                report = _failed(job, result.reason, quarantined=True) if isinstance(result, Died) else result
+                job = self.jobs[number]
+                report = job.failed(result.reason, quarantined=True) if isinstance(result, Died) else result
                 reports[job.film] = report
                 self.tell(number, 1.0, report.reason or report.status)
         return reports
@@ -257,8 +270,7 @@ class _Tally:
         elif kind == "tokens":
             self.tokens += value
         elif kind == "request":
-            self.out_of_money |= self.max_requests is not None and self.requests >= self.max_requests
-            self.out_of_money |= self.max_tokens is not None and self.tokens >= self.max_tokens
+            self.out_of_money |= self.requests >= self.max_requests or self.tokens >= self.max_tokens
             self.requests += not self.out_of_money
             return not self.out_of_money
         return True
@@ -266,38 +278,23 @@ class _Tally:
     def tell(self, number: int, share: float, message: str) -> None:
         """Pass on how far a film is; a second try does not count back."""
         self.shares[number] = max(share, self.shares.get(number, 0.0))
-        if self.on_progress:
-            done = sum(int(share * self.sizes[i][0]) for i, share in self.shares.items())
-            seconds = sum(share * self.sizes[i][1] for i, share in self.shares.items())
-            speed = seconds / max(1e-3, time.monotonic() - self.began)
-            text = f"{shown(self.films[number].name)}: {message} · {speed:.1f} film-hours an hour"
-            self.on_progress(done, sum(frames for frames, _ in self.sizes), text)
+        done = sum(int(share * self.sizes[i][0]) for i, share in self.shares.items())
+        seconds = sum(share * self.sizes[i][1] for i, share in self.shares.items())
+        speed = seconds / max(1e-3, time.monotonic() - self.began)
+        text = f"{shown(self.jobs[number].film.name)}: {message} · {speed:.1f} film-hours an hour"
+        self.on_progress(done, sum(frames for frames, _ in self.sizes), text)
 
 
 def _read_scan(path: Path, about: dict[str, Any]) -> Scan | None:
     """What an earlier run found in the same film with the same settings."""
     try:
-        rows, kept = read_rows(path)
+        rows, kept = store.read_rows(path)
         return Scan(**kept["scan"] | {"rows": rows}) if kept.items() >= about.items() else None
-    except UNREADABLE:
+    except store.UNREADABLE:
         return None
 
 
-def _finished(film: Path, out: Path, about: dict[str, Any]) -> FilmReport | None:
-    """What an earlier run left of a film, if there is nothing more to do."""
-    done = read_done(out / f"{film.stem}.done.json")
-    if any(done.get(key) != about[key] for key in ("config", "fingerprint")):
-        return None
-    if done["status"] == "failed":
-        same = done.get("quarantined") and done["versions"] == about["versions"]
-        return FilmReport(film, "failed", reason=done["reason"], skipped=True) if same else None
-    counts = done["counts"]
-    if counts["pending"] or not (out / f"{film.stem}.parquet").is_file():
-        return None
-    return FilmReport(film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
-
-
-def _verdict(film: Film, scan: Scan, rows: list[CuratedShot], pending: int) -> dict[str, Any]:
+def _verdict(film: Film, scan: Scan, rows: list[store.CuratedShot], pending: int) -> dict[str, Any]:
     """The part of a done-file that says how it went; `pending` captions are missing for a reason that may pass."""
     reasons = []
     if film.duration_s is not None and scan.lasts_s < film.duration_s - TOLERANCE_S:
@@ -313,46 +310,27 @@ def _verdict(film: Film, scan: Scan, rows: list[CuratedShot], pending: int) -> d
     return {"status": "partial" if reasons else "ok", "reason": "; ".join(reasons), "counts": counts, **times}
 
 
-def _about(film: Path, source: str = "", *, annotator: Annotator, **options: Any) -> dict[str, Any]:
-    """The part of a done-file that says what was asked, and of whom; `source` is where the film is, if not here."""
-    names, config = [source or str(film)], _settings(annotator, **options)
-    if annotator.sidecar:
-        names.append(os.path.splitext(names[0])[0] + annotator.sidecar)
-    versions = {name: version(name) for name in PACKAGES}
-    digest = "".join(map(_fingerprint, names))
-    return {"film": shown(film.name), "config": config, "versions": versions, "fingerprint": digest}
-
-
 def _fingerprint(name: str) -> str:
     """A cheap digest of a file: its size, its first and its last MiB; empty if it cannot be read."""
     try:
-        with opened(name) if is_remote(name) else open(name, "rb") as file:
+        with fsspec.open(name, "rb").open() if is_remote(name) else open(name, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             head = file.read(MIB)
             file.seek(max(0, size - MIB))
             return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()[:32]
-    except (OSError, UserError):  # missing, or not to be read: whoever opens it next will say so
+    except (OSError, ImportError, ValueError):  # missing, or not to be read: whoever opens it next will say so
         return ""
 
 
-def _failed(job: _Job, reason: str, quarantined: bool = False) -> FilmReport:
-    done_file, reason = job.out / f"{job.film.stem}.done.json", shown(reason)
-    if quarantined:
-        reason += f"; delete {shown(done_file.name)} to have it tried again"
-    if read_done(done_file).get("status", "failed") == "failed":  # else an earlier run saved something: leave it
-        write_done(done_file, job.about | {"status": "failed", "reason": reason, "quarantined": quarantined})
-    return FilmReport(job.film, "failed", reason=reason)
-
-
-def _settings(annotator: Annotator, height: int | None, detector: str, video: bool) -> dict[str, Any]:
+def _config(annotator: Annotator, height: int | None, detector: str, video: bool) -> dict[str, Any]:
     height = preset().keyframes.height if height is None else height
     if not 16 <= height <= 4096:
         raise UserError(f"a keyframe height of {height} makes no sense; choose 16 to 4096 pixels")
     if detector not in DETECTORS:
         raise UserError(f"there is no detector {detector!r}; choose one of {', '.join(DETECTORS)}")
     cuts = {"detector": detector, "shortest_shot_s": SHORTEST_SHOT, "video": video}
-    return {"store_version": STORE_VERSION, "height": height, **cuts, "annotator": dict(annotator.identity)}
+    return {"store_version": store.STORE_VERSION, "height": height, **cuts, "annotator": dict(annotator.identity)}
 
 
 def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
@@ -364,5 +342,5 @@ def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{other} and {film} would both become {film.stem}.parquet; rename one of them")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file, not a folder; choose another folder for the results")
-    if any(read_done(path).get("config", settings) != settings for path in out.glob("*.done.json")):
+    if any(store.read_done(path).get("config", settings) != settings for path in out.glob("*.done.json")):
         raise UserError(f"{out}: holds films curated with other settings; choose an empty folder or delete it")

@@ -25,18 +25,14 @@ def find_films(paths: Sequence[Path | str], out: Path | str = "") -> list[Path |
 
     A file with a film's ending is taken as one, whatever is in it; one with another ending if it opens as a film.
     Hidden files are passed over, and so is the folder `out`. Links are followed, loops of them too. At an address
-    such as "s3://bucket/films" only endings count.
-
-    Raises:
-        UserError: a folder holds no film.
+    such as "s3://bucket/films" only endings count. UserError where a folder holds no film.
     """
     films, hidden = list[Path | str](), Path(out) if out and not is_remote(str(out)) else None
     for path in paths:
-        found: Sequence[Path | str] = [Path(path)]
         if is_remote(str(path)):
-            found = list_films(str(path), SUFFIXES)
-        elif Path(path).is_dir():
-            found = _films_in(Path(path), hidden)
+            found: Sequence[Path | str] = list_films(str(path), SUFFIXES)
+        else:
+            found = _films_in(Path(path), hidden) if Path(path).is_dir() else [Path(path)]
         if not found:
             raise UserError(f"{path}: no film lies in this folder; name a folder with films, or the films")
         films += found
@@ -70,21 +66,15 @@ def lengths(films: Sequence[Path], strict: bool = False, chunk: int = 64) -> lis
     """
     chunks = [films[i : i + chunk] for i in range(0, len(films), chunk)]
     found = dict(run_jobs(_look, [(files, strict) for files in chunks], limit_s=60.0))
-    facts: list[tuple[int, float] | None] = []
     for number, files in enumerate(chunks):
-        if not isinstance(found[number], Died):
-            facts += found[number]
-        else:  # one of them is to blame: each in a child of its own
-            facts += lengths(files, strict, chunk=1) if len(files) > 1 else [None]
-    return facts
+        if isinstance(found[number], Died):  # one of them is to blame: each in a child of its own
+            found[number] = lengths(files, strict, chunk=1) if len(files) > 1 else [None]
+    return [facts for number in range(len(chunks)) for facts in found[number]]
 
 
 def _look(job: tuple[Sequence[Path], bool], ask: Ask) -> list[tuple[int, float] | None]:
-    facts, (files, strict) = list[tuple[int, float] | None](), job
-    for path in files:
-        facts.append(_facts(path, strict))
-        ask("looked", None)
-    return facts
+    files, strict = job
+    return [_facts(path, strict) for path in files if ask("looking", None)]  # the parent hears that it goes on
 
 
 def _facts(path: Path, strict: bool) -> tuple[int, float] | None:

@@ -29,40 +29,26 @@ class StoppedError(UserError):
 
 @dataclass(frozen=True)
 class CuratedShot:
-    """A row: one shot of a film. The field names are the columns.
+    """A row: one shot of a film. The field names are the columns; times are PTS, exactly `pts * time_base` seconds."""
 
-    Attributes:
-        shot: its number in the film, from 0; shots tile the film.
-        start_s, end_s: PTS in seconds, exactly `pts * time_base`; the end is exclusive.
-        start_frame, end_frame: in presentation order from 0; the end is exclusive.
-        time_base: seconds per tick, as a fraction such as "1/12800".
-        keyframe_s: PTS of the keyframe in seconds; None if no frame of the shot could be trusted.
-        crop_left, crop_top, crop_right, crop_bottom: picture area in pixels of the stored frame, ends exclusive.
-        image: the keyframe as JPEG, None as for `keyframe_s`.
-        caption, tags: what is seen, and the characters named in it.
-        kept: whether to train on it; if not, `reason` says why.
-        transition: how the shot begins: "cut", "dissolve" or "fade".
-        scores: JSON object of what the filters measured, name -> [score, threshold].
-    """
-
-    shot: int
+    shot: int  # its number in the film, from 0; shots tile the film
     start_s: float
-    end_s: float
-    start_frame: int
+    end_s: float  # exclusive, as are all ends
+    start_frame: int  # in presentation order from 0
     end_frame: int
-    time_base: str
-    keyframe_s: float | None
-    crop_left: int
+    time_base: str  # seconds per tick, as a fraction such as "1/12800"
+    keyframe_s: float | None  # None, and no image, if no frame of the shot could be trusted
+    crop_left: int  # picture area in pixels of the stored frame
     crop_top: int
     crop_right: int
     crop_bottom: int
-    image: bytes | None
+    image: bytes | None  # the keyframe as JPEG
     caption: str = ""
-    tags: list[str] = field(default_factory=list)
-    kept: bool = True
-    reason: str = ""
-    transition: str = "cut"
-    scores: str = "{}"
+    tags: list[str] = field(default_factory=list)  # the characters named in the caption
+    kept: bool = True  # whether to train on it
+    reason: str = ""  # why not
+    transition: str = "cut"  # how the shot begins: "cut", "dissolve" or "fade"
+    scores: str = "{}"  # JSON object of what the filters measured, name -> [score, threshold]
 
 
 ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
@@ -89,11 +75,7 @@ def write_film(path: Path, film: CuratedFilm) -> None:
 
 
 def read_film(path: Path) -> CuratedFilm:
-    """Read a Parquet file of curation.
-
-    Raises:
-        UserError: the file is missing or is not one of curation's.
-    """
+    """Read a Parquet file of curation; UserError if it is missing or is not one of curation's."""
     try:
         rows, about = read_rows(path)
         return CuratedFilm(about["film"], [Character(**c) for c in about["cast"]], rows)
@@ -122,16 +104,12 @@ def read_rows(path: Path) -> tuple[list[CuratedShot], dict[str, Any]]:
 
 
 def story_of(path: Path) -> Story:
-    """The story that a curated film tells: its kept and captioned shots, in order.
+    """The story that a curated film tells: its kept and captioned shots, in order; UserError if there are none.
 
     Tags that captions name without an entry in the cast get one, without description.
-
-    Raises:
-        UserError: as `read_film`, or no shot is kept and captioned.
     """
     film = read_film(path)
-    told = [s for s in film.shots if s.kept and s.caption]
-    if not told:
+    if not (told := [s for s in film.shots if s.kept and s.caption]):
         raise UserError(f"{path}: no shot is kept and has a caption; curate the film with an annotator")
     cast = {tag: Character(tag=tag) for s in told for tag in s.tags} | {c.tag: c for c in film.cast}
     shots = []
