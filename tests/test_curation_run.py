@@ -70,6 +70,19 @@ def test_a_pool_gives_the_same_bytes_as_one_process_and_as_no_child(tmp_path):
     assert "film-hours an hour" in calls[-1][2]
 
 
+def test_a_script_needs_no_main_guard_and_its_own_annotator_only_the_usual_one(tmp_path):
+    """Children do not run the user's script anew, unless they need what is defined there."""
+    film, script = make_film(tmp_path / "a.mp4", [9]), tmp_path / "script.py"
+    call = f"curate([{str(film)!r}], {str(tmp_path / 'out')!r}, annotator={{}}, height=32).films[0].status"
+    head = "from cinema.curation import NoAnnotator, curate\nprint('runs')\n"
+    mine = "class Mine(NoAnnotator):\n    pass\n"
+    script.write_text(f"{head}print({call.format('NoAnnotator()')})\n")
+    assert subprocess.check_output([sys.executable, str(script)], text=True).split() == ["runs", "ok"]
+    shutil.rmtree(tmp_path / "out")
+    script.write_text(f"{head}{mine}if __name__ == '__main__':\n    print({call.format('Mine()')})\n")
+    assert subprocess.check_output([sys.executable, str(script)], text=True).split().count("ok") == 1
+
+
 def test_jobs_are_answered_and_one_can_stop_them_all():
     assert sorted(run_jobs(double, [1, 2], workers=2, answer=lambda number, kind, value: 10 * value)) == [
         (0, 20),

@@ -12,8 +12,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
 
 from cinema.curation.store import StoppedError
@@ -32,6 +34,20 @@ class Died:
     reason: str
 
 
+@contextmanager
+def _main_hidden(unless: bool) -> Iterator[None]:
+    """Children started within this block do not run the user's script again, which may start this very run.
+
+    `unless`: something that they are given is defined there.
+    """
+    module = sys.modules["__main__"]
+    try:
+        sys.modules["__main__"] = module if unless else ModuleType("__main__")
+        yield
+    finally:
+        sys.modules["__main__"] = module
+
+
 class _Child:
     """A process that does one job; `line` is ready to read when it has something to say, or is dead."""
 
@@ -39,7 +55,8 @@ class _Child:
         self.number, self.tries = number, tries
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=_main, args=(theirs, function, job), daemon=True)
-        self.process.start()
+        with _main_hidden(unless=b"__main__" in pickle.dumps((function, job))):
+            self.process.start()
         theirs.close()
         self.deadline = time.monotonic() + START_S
 
