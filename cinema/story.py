@@ -118,18 +118,17 @@ class Story(_Model):
 
 
 def load_story(path: str | Path) -> Story:
-    """Read a story from a YAML (or JSON) file.
+    """Read a story from a YAML (or JSON) file; StoryError, with the line and the cure, if it does not hold one."""
+    return parse_story(read_text(Path(path), "a story in YAML"), str(path))
 
-    Raises:
-        StoryError: the file is missing, is not YAML, or is not a story; the message names the line and the cure.
-    """
-    path = Path(path)
+
+def read_text(path: Path, wanted: str) -> str:
+    """The text of a file that the user names; StoryError if there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a readable text file"
-        raise StoryError(f"{path}: {reason}; give the path of a story in YAML") from None
-    return parse_story(text, str(path))
+        raise StoryError(f"{path}: {reason}; give the path of {wanted}") from None
 
 
 def parse_story(text: str, name: str = "story") -> Story:
@@ -181,8 +180,7 @@ def _one_sentence(name: str, node: yaml.Node, error: ValidationError) -> str:
 
 def _short(value: object) -> str:
     """Input as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def _repeated(root: yaml.Node) -> Iterator[yaml.Node]:
