@@ -332,10 +332,11 @@ def make_app() -> typer.Typer:
     return app
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"cinema {importlib.metadata.version('cinema')}")
         raise typer.Exit
+    return wanted
 
 
 def _about(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
