@@ -36,6 +36,7 @@ from cinema.toyworld.film import BLACK, OVERLAP, Progress, write_film
 from cinema.toyworld.world import sample_movie
 
 CODECS = {"libx264": ".mp4", "mpeg4": ".avi", "libvpx-vp9": ".webm"}
+TRUTHS = (".cuts.csv", ".json")  # endings of what lies beside a film; the first counts
 KEYFRAME = 400  # height of keyframes where speed is measured, the paper's
 
 
@@ -74,16 +75,12 @@ class Tally:
         return {name: a / b if b else 1.0 for name, (a, b) in shares.items()} | vars(self)
 
 
-def _truths(film: Path) -> tuple[Path, Path]:
-    return film.with_suffix(".cuts.csv"), film.with_suffix(".json")
-
-
 def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
     """A film's events, and its picture's left, top, right and bottom if the truth says so; None without a truth.
 
     Raises UserError where what lies beside the film is not readable.
     """
-    table, sidecar = _truths(film)
+    table, sidecar = (film.with_suffix(ending) for ending in TRUTHS)
     source = sidecar
     try:
         toy = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
@@ -235,6 +232,6 @@ def bench_curate(
     with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
         written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
         films = [p for p in sorted(written) if p.is_file() and p.suffix not in (".csv", ".json")]
-        films = [p for p in films if any(truth.is_file() for truth in _truths(p))]
+        films = [p for p in films if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
         figures = compare(films, detectors or DETECTORS, on_progress)
         return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

@@ -49,6 +49,11 @@ StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
 Board = Annotated[Path, typer.Argument(help="A folder that `cinema plan` wrote.")]
 Workdir = Annotated[Path | None, typer.Option(help="Keep what is in between here, and go on from it.")]
+Films = Annotated[int, typer.Option(help="How many films.", min=1)]
+Stories = Annotated[int, typer.Option(help="How many held-out stories.", min=1)]
+Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A training configuration in YAML.")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
 
 
@@ -60,7 +65,7 @@ def write(
     """Turn a storyline in plain English into a story, and say what was understood."""
     if out.suffix.lower() not in STORY_SUFFIXES:
         raise UserError(f"{out}: a story is written as YAML; give a name that ends in .yaml")
-    story = _written(storyline, title)
+    story = _story(storyline, title, writing=True)
     save_story(story, out)
     _say(f"{out}: {_count(story.shots, 'shot')}, {_count(story.cast, 'character')}, {_count(story.sets, 'set')}")
 
@@ -139,11 +144,7 @@ def curate(
         raise typer.Exit(3)
 
 
-def train(
-    settings: Annotated[Path, typer.Argument(metavar="CONFIG", help="A training configuration in YAML.")],
-    out: Folder,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
-) -> None:
+def train(settings: ConfigFile, out: Folder, resume: Resume = False) -> None:
     """Train a model; a run that was stopped goes on with --resume and ends as if it never had been."""
     if not settings.is_file():
         raise UserError(f"{settings}: there is no such file; give the path of a training configuration in YAML")
@@ -153,22 +154,14 @@ def train(
     _say(f"{out}: trained")
 
 
-def toyworld(
-    out: Folder, films: Annotated[int, typer.Option(help="How many films.", min=1)] = 1, seed: Seed = 0
-) -> None:
+def toyworld(out: Folder, films: Films = 1, seed: Seed = 0) -> None:
     """Write films of the toy world, with their ground truth beside them."""
     from cinema.toyworld.film import write_films
 
     _say(f"{out}: {_count(_watch(write_films, films, seed, out), 'film')}")
 
 
-def evaluate(
-    stories: Annotated[int, typer.Option(help="How many held-out stories.", min=1)] = 20,
-    shots: Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)] = 8,
-    preset: Preset = None,
-    seed: Seed = 0,
-    json: Json = None,
-) -> None:
+def evaluate(stories: Stories = 20, shots: Shots = 8, preset: Preset = None, seed: Seed = 0, json: Json = None) -> None:
     """Plan held-out toy stories and read from the pixels whether sets, looks and positions are as captioned."""
     chosen = config.preset(preset)
     from cinema.evaluation import evaluate_stories
@@ -232,49 +225,45 @@ def _weights() -> dict[str, str]:
     facts = {}
     for chosen in map(config.preset, config.PRESETS):
         parts = {"keyframes": chosen.keyframes.weights, "video": chosen.video.weights}
-        missing = [f"{part} ({where})" for part, where in parts.items() if not here(where)]
-        facts[f"preset {chosen.name}"] = f"weights missing: {', '.join(missing)}" if missing else "weights present"
+        missing = ", ".join(f"{part} ({where})" for part, where in parts.items() if not here(where))
+        facts[f"preset {chosen.name}"] = f"weights missing: {missing}" if missing else "weights present"
     return facts
 
 
 def _services() -> dict[str, str]:
     import av
 
-    def offered(*names: str) -> str:
-        return ", ".join(name for name in names if name in av.codecs_available) or "none"
-
-    reads, writes = offered("h264", "hevc", "vp9", "av1"), offered("libx264", "libx265", "libvpx-vp9", "libsvtav1")
+    wanted = ("h264", "hevc", "vp9", "av1"), ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
+    reads, writes = (", ".join(name for name in names if name in av.codecs_available) or "none" for names in wanted)
     model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")  # the address may hold a password: not shown
     endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
     return {"language model": endpoint, "video codecs": f"reads {reads}; writes {writes}"}
 
 
-def _story(path: Path) -> Story:
-    return _written(path, None, errors=True) if path.suffix.lower() in STORYLINE_SUFFIXES else load_story(path)
-
-
-def _written(path: Path, title: str | None, errors: bool = False) -> Story:
-    """The story of a storyline; what was understood goes to standard output, or that of errors."""
+def _story(path: Path, title: str | None = None, writing: bool = False) -> Story:
+    """The story of a file; what was understood of a storyline is the result of writing, else said in passing."""
+    if not writing and path.suffix.lower() not in STORYLINE_SUFFIXES:
+        return load_story(path)
     from cinema.writer import write_story
 
     written = write_story(read_text(path, "a storyline in plain English"), title)
     for heading, lines in (("Understood", written.understood), ("Left out", written.left_out)):
         if lines:
-            _say("\n  ".join([f"{heading}:", *lines]), errors)
+            _say("\n  ".join([f"{heading}:", *lines]), errors=not writing)
     return written.story
 
 
 def _figures(result: Any, path: Path | None) -> None:
     """Show figures as a table, nested ones by dotted names, and save them."""
-    _table(("what", "value"), _flat(to_jsonable_python(result, fallback=str)), result, path)
 
+    def flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in figures.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{above}{name}.")
+            else:
+                yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else value
 
-def _flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else value
+    _table(("what", "value"), flat(to_jsonable_python(result, fallback=str)), result, path)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], result: Any, path: Path | None) -> None:
@@ -345,30 +334,28 @@ def _about(version: Annotated[bool, typer.Option("--version", callback=_version,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code (see the module's text). `arguments` default to the command line's."""
-    given, said, code = list(sys.argv[1:] if arguments is None else arguments) or ["--help"], "", 1
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = int(make_app()(given, prog_name="cinema", standalone_mode=False) or 0)
+        code = make_app()(given, prog_name="cinema", standalone_mode=False) or 0
     except TyperException as error:
-        said, code = f"{error.format_message().rstrip('.')}; `cinema --help` shows what there is", error.exit_code
+        return _fail(f"{error.format_message().rstrip('.')}; `cinema --help` shows what there is", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         if os.environ.get("CINEMA_DEBUG"):
             raise
-        said = _sentence(error)
-    if code == 130:
-        said, code = "stopped; the same command goes on from here", 1
-    if said:
-        _say(" ".join(said.split()))
+        if isinstance(error, UserError):
+            return _fail(str(error))
+        if isinstance(error, OSError) and (why := error.strerror):
+            where = error.filename2 or error.filename or "file"
+            return _fail(f"{where}: {why.lower()}; free or choose another place")
+        return _fail(f"{type(error).__name__}: {error}; set CINEMA_DEBUG=1 to see where it comes from")
+    return _fail("stopped; the same command goes on from here") if code == 130 else int(code)
+
+
+def _fail(message: str, code: int = 1) -> int:
+    _say(" ".join(message.split()))
     return code
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename2 or error.filename or 'file'}: {error.strerror.lower()}; free or choose another place"
-    return f"{type(error).__name__}: {error}; set CINEMA_DEBUG=1 to see where it comes from"
 
 
 if __name__ == "__main__":

@@ -151,8 +151,7 @@ def _score(story: Story, images: Sequence[Image.Image]) -> Scores:
 
 
 def _share(rows: list[list[bool]]) -> float | None:
-    count = sum(map(len, rows))
-    return sum(map(sum, rows)) / count if count else None
+    return sum(map(sum, rows)) / count if (count := sum(map(len, rows))) else None
 
 
 def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | None:
@@ -160,9 +159,9 @@ def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | No
 
     Percentile bootstrap (Efron and Tibshirani 1993, chapter 13); judgements of one row, a story, depend on each other.
     """
-    right, count = np.array([[sum(row), len(row)] for row in rows if len(row)], float).reshape(-1, 2).T
-    if not len(right):
+    if not any(rows):
         return None
+    right, count = np.array([[sum(row), len(row)] for row in rows if row], float).T
     draws = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
     low, high = np.quantile(right[draws].sum(1) / count[draws].sum(1), [0.025, 0.975])
     return [float(low), float(high)]

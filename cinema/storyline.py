@@ -139,12 +139,12 @@ class StorylineReader:
         if self.beat.actors or self.beat.setting:
             self.beats.append(self.beat)
         told = [t for t in self.tokens if t.used and (t.tags or t.kind in _OF_THE_WORLD)]
-        if listed := [f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told]:
-            self.understood.append(where + "; ".join(listed))
         marks = "".join("x" if not t.used else "-" if t.kind in _SMALL else "." for t in self.tokens)
         unused = [self.tokens[m.start() : m.end()] for m in re.finditer("x(?:-*x)*", marks)]
-        if spans := [f"“{text[words[0].start : words[-1].end]}”" for words in unused]:
-            self.left_out.append(where + "; ".join(spans))
+        understood = [f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told]
+        left_out = [f"“{text[words[0].start : words[-1].end]}”" for words in unused]
+        self.understood += [where + "; ".join(understood)] if understood else []
+        self.left_out += [where + "; ".join(left_out)] if left_out else []
 
     def _cut(self, keep: dict[str, str | None]) -> None:
         """Begin another shot within the sentence, with these actors; who only just came leaves the old one."""
@@ -170,8 +170,8 @@ class StorylineReader:
         acts = [t.kind for t in self.tokens[i + 1 : i + 2]] == ["action"]
         if word == "it" and not acts and "it" not in self.said.values():
             return  # `it is cold` is about nobody
-        busy = self.doers + self.waiting if word in ("him", "her") or (word == "it" and not acts) else []
-        others = [t for t in reversed(self.recent) if t not in busy]
+        acted_on = word in ("him", "her") or (word == "it" and not acts)
+        others = [t for t in reversed(self.recent) if not (acted_on and t in self.doers + self.waiting)]
         fitting = [t for t in others if self.said.get(t, sex) == sex] or others or self.recent[-1:] or [self._invent()]
         self.said.setdefault(fitting[0], sex)
         self._mention(i, fitting[0])
