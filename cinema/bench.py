@@ -1,9 +1,7 @@
-"""How well and how fast films are cut: detectors against hand-checked or drawn truth, and CPU time against decoding.
+"""How well and how fast films are cut, by truth beside them: `a.cuts.csv`, or the `a.json` of a toy film.
 
-Truth lies beside a film: `a.cuts.csv` with columns `frame, type, start, end, score`, or the `a.json` of a toy film. A
-row of score 1 is a hard cut that must be found, to the frame or next to it. What is found within another row's
-`start` to `end` neither rewards nor punishes; whether a fade or dissolve there is called so is counted apart.
-"""
+A row `frame, type, start, end, score` of score 1 is a hard cut, to be found to the frame or next to it. What is found
+within another's `start` to `end` does not count; whether a fade or dissolve there is called so is counted apart."""
 
 import csv
 import json

@@ -1,9 +1,7 @@
-"""The command line: `cinema write`, `movie`, `plan`, `animate`, `curate`, `train`, `toyworld`, `evaluate`, `doctor`.
+"""The command line; heavy imports are inside the commands, and one whose module is not there is not offered.
 
-Heavy imports are inside the commands, so `cinema --help` answers at once; a command whose module is not there is not
-offered. Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one
-sentence; CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending.
-"""
+Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one sentence;
+CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending."""
 
 import importlib.metadata
 import os

@@ -1,9 +1,7 @@
-"""Scores on the toy world: consistency is measured, since a reader recovers from pixels who is really there.
+"""Scores on the toy world, where a reader recovers from pixels who is really there.
 
-A look is described at its character's first appearance only. There, what is described must be drawn (*attributes*);
-later the same look must come back from memory (*identity*). The control replaces the memory by another story's:
-whoever is still right without the right memory, is so by chance.
-"""
+A look is described at its character's first appearance only: there it must be drawn as told (*attributes*), later it
+must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

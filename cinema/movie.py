@@ -1,9 +1,7 @@
-"""From a story to a film: plan keyframes, animate shots, join them; resumable at every keyframe and every shot.
+"""From a story to a film: plan keyframes, animate shots, join them; a killed run goes on and ends as the same film.
 
-What is in between lies in a working folder: `keyframes/000.png` (with what the planner read and remembered in its text
-chunks), `shots/000.tiff` (all frames, lossless), and `*.job.json`, which says whose work it is. Each file appears whole
-or not at all, and every picture depends on its inputs and seed alone: a killed run goes on and ends as the same film.
-"""
+Between them lie, each whole or not at all, `keyframes/000.png` (with what the planner read and remembered in its text
+chunks), `shots/000.tiff` (all frames, lossless) and `*.job.json`, which says whose work it is."""
 
 import errno
 import glob

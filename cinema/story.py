@@ -100,8 +100,8 @@ class Story(_Model):
             raise ValueError(f"the cast lists {', '.join(sorted(twice))} twice; give each character one entry")
         if twice := {p for p in places if places.count(p) > 1}:
             raise ValueError(f"the sets list {min(twice)!r} twice; give each set one entry")
-        named = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
-        for where, mentioned, place in [*named, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
+        cast = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
+        for where, mentioned, place in [*cast, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
             if unknown := [t for t in mentioned if t not in tags]:
                 raise ValueError(f"{where}: {unknown[0]} is not in the cast; add it there or correct the tag")
             if place is not None and place not in places:
