@@ -206,8 +206,7 @@ def _cost(name: str, film: Path) -> dict[str, float]:
 
 
 def measure(film: Path) -> dict[str, Any]:
-    """CPU seconds and peak memory of decoding on one thread, of our scan and of PySceneDetect's API, each in a
-    process of its own, and the ratios that count: start-up and imports are left out of the seconds."""
+    """CPU seconds (without start-up) and peak memory of all WORK, each in a process of its own, and their ratios."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         costs: dict[str, Any] = {name: pool.submit(_cost, name, film).result() for name in WORK}
     seconds = {name: cost["cpu seconds"] for name, cost in costs.items()}
@@ -229,7 +228,7 @@ def bench_curate(
         raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
     with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
         written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
-        films = [p for p in sorted(written) if p.is_file() and p.suffix not in (".csv", ".json")]
-        films = [p for p in films if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
+        media = (p for p in sorted(written) if p.is_file() and p.suffix not in (".csv", ".json"))
+        films = [p for p in media if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
         figures = compare(films, detectors or DETECTORS, on_progress)
         return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

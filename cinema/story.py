@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cinema.errors import UserError
 from cinema.files import write_text
@@ -23,8 +23,7 @@ class StoryError(UserError):
     """A story that cannot be used; its message is one sentence: what, where, and the cure."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+class _Model(BaseModel, extra="forbid", validate_assignment=True): ...
 
 
 class Character(_Model):

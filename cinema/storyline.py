@@ -264,8 +264,8 @@ class StorylineReader:
 
     def _on_position(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
-        acting = self.doers if any(t.kind == "action" for t in clause) and "action" not in self.ahead else []
-        if owners := [t.tags[0] for t in clause if t.tags] or acting:
+        acts = any(t.kind == "action" for t in clause) and "action" not in self.ahead
+        if owners := [t.tags[0] for t in clause if t.tags] or (self.doers if acts else []):
             self.beat.positions[owners[-1]] = token.value
         else:  # `on the left, Ada ...`
             self.ahead["position"] = token

@@ -90,8 +90,8 @@ def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
 
 def read_place(pixels: Float[np.ndarray, "h w 3"]) -> str:
     """The kind of set whose sky and ground are nearest to the frame's highest and lowest rows."""
-    band = max(1, len(pixels) // 16)
-    seen = np.concatenate([np.median(pixels[rows], (0, 1)) for rows in (slice(0, band), slice(-band, None))])
+    band = HEIGHT // 16
+    seen = np.concatenate([np.median(rows, (0, 1)) for rows in (pixels[:band], pixels[-band:])])
     palettes = {name: np.array([*sky, *ground]) / 255 for name, (sky, _, ground) in world.PLACES.items()}
     return min(palettes, key=lambda name: float(np.abs(palettes[name] - seen).sum()))
 
