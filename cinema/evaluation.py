@@ -125,13 +125,11 @@ def evaluate_stories(
         known = dict(enumerate(drawn[i - 1][:-1]))
         images = draw(other_context(told[i], told[i - 1]), known, f"control {i + 1} of {stories}")
         wrong.append(_score(told[i], images[-1:]).identity)
-    return {
-        **{"stories": stories, "shots": shots, "seed": seed, "preset": preset.name},
-        **{name: _share(rows) for name, rows in judged.items()},
-        "by_attribute": {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES},
-        "ci95": {name: bootstrap(rows) for name, rows in judged.items()},
-        "counts": {name: sum(map(len, rows)) for name, rows in judged.items()},
-    }
+    figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
+    figures |= {name: _share(rows) for name, rows in judged.items()}
+    figures["by_attribute"] = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
+    figures["ci95"] = {name: bootstrap(rows) for name, rows in judged.items()}
+    return figures | {"counts": {name: sum(map(len, rows)) for name, rows in judged.items()}}
 
 
 def other_context(story: Story, other: Story) -> Story:

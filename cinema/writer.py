@@ -150,11 +150,10 @@ def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]
     for tag, given in cast.items():
         colours, seed = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS), zlib.crc32(tag.encode())
         hashed = zip(LOOKS, (colours, world.SHAPES, world.HATS), (1, 11, 101), strict=True)
-        chosen = {kind: words[seed // skip % len(words)] for kind, words, skip in hashed}
-        looks[tag] = Look(**chosen | given)
+        own = {kind: words[seed // skip % len(words)] for kind, words, skip in hashed if kind not in given}
+        looks[tag] = Look(**own | given)
         taken.add(looks[tag].colour)
-        own = [word for kind, word in chosen.items() if kind not in given]
-        said = f" ({', '.join(own)} chosen, as the text does not say)" if own else ""
+        said = f" ({', '.join(own.values())} chosen, as the text does not say)" if own else ""
         notes.append(f"{tag} is {looks[tag]}{said}")
     return looks, notes
 

@@ -80,11 +80,10 @@ def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
     """
     pixels = to_pixels(image)
     padded = np.pad(pixels, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge")
-    small = _half(padded)
-    small = np.dstack([small, (small**2).mean(-1)])
+    small = np.dstack([half := _half(padded), (half**2).mean(-1)])
     cast = {size: {p: hit for p in POSITIONS if (hit := _find(padded, small, size, p))} for size in SIZES}
-    size = max(SIZES, key=lambda s: sum(gain for _, gain in cast[s].values()))
-    found = {position: actor for position, (actor, _) in cast[size].items()}
+    size, hits = max(cast.items(), key=lambda item: sum(gain for _, gain in item[1].values()))
+    found = {position: actor for position, (actor, _) in hits.items()}
     return ReadFrame(read_place(pixels), size if found else None, found, setup)
 
 
