@@ -1,9 +1,7 @@
-"""How well and how fast films are cut: detectors against hand-checked or drawn truth, and CPU time against decoding.
+"""How well and how fast films are cut, by truth beside them: `a.cuts.csv`, or the `a.json` of a toy film.
 
-Truth lies beside a film: `a.cuts.csv` with columns `frame, type, start, end, score`, or the `a.json` of a toy film. A
-row of score 1 is a hard cut that must be found, to the frame or next to it. What is found within another row's
-`start` to `end` neither rewards nor punishes; whether a fade or dissolve there is called so is counted apart.
-"""
+A row `frame, type, start, end, score` of score 1 is a hard cut, to be found to the frame or next to it. What is found
+within another's `start` to `end` does not count; whether a fade or dissolve there is called so is counted apart."""
 
 import csv
 import json
@@ -18,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from fractions import Fraction
 from multiprocessing import get_context
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
 from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film
 from cinema.errors import UserError
-from cinema.toyworld.film import BLACK, OVERLAP, write_film
+from cinema.toyworld.film import BLACK, OVERLAP, Progress, write_film
 from cinema.toyworld.world import sample_movie
 
-Progress = Callable[[int, int, str], None]
 CODECS = {"libx264": ".mp4", "mpeg4": ".avi", "libvpx-vp9": ".webm"}
+TRUTHS = (".cuts.csv", ".json")  # endings of what lies beside a film; the first counts
 KEYFRAME = 400  # height of keyframes where speed is measured, the paper's
 
 
@@ -64,7 +63,7 @@ class Tally:
     gradual: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Tally(*map(add, astuple(self), astuple(other)))
 
     def figures(self) -> dict[str, float | int]:
         """Precision, recall, F1 and the share of transitions, 1 where there is nothing; and the counts."""
@@ -74,23 +73,25 @@ class Tally:
         return {name: a / b if b else 1.0 for name, (a, b) in shares.items()} | vars(self)
 
 
-def _truths(film: Path) -> tuple[Path, Path]:
-    return film.with_suffix(".cuts.csv"), film.with_suffix(".json")
+def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
+    """A film's events, and its picture's left, top, right and bottom if the truth says so; None without a truth.
 
-
-def read_truth(film: Path) -> list[Event] | None:
-    """The events of a film, None where no truth lies beside it. Raises UserError where that is not readable."""
-    table, sidecar = _truths(film)
+    Raises UserError where what lies beside the film is not readable.
+    """
+    table, sidecar = (film.with_suffix(ending) for ending in TRUTHS)
+    source = sidecar
     try:
-        if table.is_file():
-            rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-            return [
-                Event(int(r["frame"]), r["type"], *(int(r[key]) for key in ("start", "end", "score"))) for r in rows
-            ]
-        return _toy_events(json.loads(sidecar.read_text(encoding="utf-8"))) if sidecar.is_file() else None
+        toy = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
+        if not isinstance(toy, dict):
+            raise TypeError("it holds no JSON object")
+        area = [0, toy["bars"][0], toy["width"], toy["height"] - toy["bars"][1]] if "bars" in toy else []
+        if not table.is_file():
+            return (_toy_events(toy), area) if sidecar.is_file() else None
+        source, rows = table, csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+        numbers = ("start", "end", "score")
+        return [Event(int(r["frame"]), r["type"], *(int(r[key]) for key in numbers)) for r in rows], area
     except (KeyError, TypeError, ValueError) as error:
-        what = table if table.is_file() else sidecar
-        raise UserError(f"{what}: not the truth about a film ({error}); correct it or move it away") from None
+        raise UserError(f"{source}: not the truth about a film ({error}); correct it or move it away") from None
 
 
 def _toy_events(truth: dict[str, Any]) -> list[Event]:
@@ -104,17 +105,15 @@ def _toy_events(truth: dict[str, Any]) -> list[Event]:
 def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
     """Compare where shots begin and how, the first one left out, with the truth."""
 
-    def within(frame: int, event: Event) -> bool:
-        return event.start - 1 <= frame <= event.end + 1
-
     free, hard = [at for at, _ in shots], [e for e in events if e.score]
     for event in hard:
-        near = min(free, key=lambda at: abs(at - event.frame), default=None)
-        if near is not None and abs(near - event.frame) <= 1:
-            free.remove(near)
-    found, wrong = len(shots) - len(free), [at for at in free if not any(within(at, e) for e in events)]
+        near = [at for at in free if abs(at - event.frame) <= 1]
+        if near:
+            free.remove(min(near, key=lambda at: abs(at - event.frame)))
+    found, spans = len(shots) - len(free), {e: range(e.start - 1, e.end + 2) for e in events}
+    wrong = [at for at in free if not any(at in span for span in spans.values())]
     gradual = [e for e in events if e.kind.startswith(("fade", "dissolve"))]
-    named = [e for e in gradual if any(within(at, e) and e.kind.startswith(kind) for at, kind in shots)]
+    named = [e for e in gradual if any(at in spans[e] and e.kind.startswith(kind) for at, kind in shots)]
     return Tally(found, len(wrong), len(hard) - found, len(named), len(gradual))
 
 
@@ -123,25 +122,20 @@ def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progre
 
     Raises UserError where no film has truth, or a film or a truth is not readable.
     """
-    known = [(film, events) for film in films if (events := read_truth(film)) is not None]
+    known = [(film, truth) for film in films if (truth := read_truth(film)) is not None]
     if not known:
         raise UserError("no film has a NAME.cuts.csv or the toy world's NAME.json beside it; give a folder with one")
     tallies, off = dict.fromkeys(detectors, Tally()), list[int]()
-    for i, (path, events) in enumerate(known):
-        film, sidecar = probe(path), path.with_suffix(".json")
-        picture, truth = find_borders(film), json.loads(sidecar.read_bytes()) if sidecar.is_file() else {}
-        if "bars" in truth:
-            box = 0, truth["bars"][0], truth["width"], truth["height"] - truth["bars"][1]
-            off.append(max(abs(a - b) for a, b in zip(astuple(picture), box, strict=True)))
+    for i, (path, (events, area)) in enumerate(known):
+        film = probe(path)
+        picture = find_borders(film)
+        off += [max(abs(a - b) for a, b in zip(astuple(picture), area, strict=True))] if area else []
         for name in tallies:
             shots = [(shot.start, shot.transition) for shot in cut_film(film, picture, name, Timeline())]
             tallies[name] += judge(shots[1:], events)
         on_progress(i + 1, len(known), path.name)
     borders = {"borders off by at most": max(off), "borders exact": off.count(0)} if off else {}
     return {"films": len(known), **borders, **{name: tally.figures() for name, tally in tallies.items()}}
-
-
-# --- toy films that are hard to cut -----------------------------------------------------------------------------
 
 
 def write_trials(count: int, seed: int, out: Path, on_progress: Progress = _quiet, shots: int = 8) -> list[Path]:
@@ -181,9 +175,6 @@ def _roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
         target.mux(stream.encode(None))
 
 
-# --- speed ------------------------------------------------------------------------------------------------------
-
-
 def _decode(film: Path) -> None:
     with av.open(str(film)) as container:
         container.streams.video[0].thread_count = 1
@@ -215,8 +206,7 @@ def _cost(name: str, film: Path) -> dict[str, float]:
 
 
 def measure(film: Path) -> dict[str, Any]:
-    """CPU seconds and peak memory of decoding on one thread, of our scan and of PySceneDetect's API, each in a
-    process of its own, and the ratios that count: start-up and imports are left out of the seconds."""
+    """CPU seconds (without start-up) and peak memory of all WORK, each in a process of its own, and their ratios."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         costs: dict[str, Any] = {name: pool.submit(_cost, name, film).result() for name in WORK}
     seconds = {name: cost["cpu seconds"] for name, cost in costs.items()}
@@ -229,8 +219,8 @@ def bench_curate(
 ) -> dict[str, Any]:
     """Compare detectors (all if empty) on a folder's films with truth beside them, and measure speed on its largest.
 
-    Without a folder, `toy` films of the toy world are written, and forgotten afterwards. `on_progress` is told (films
-    done, of how many, message). Raises UserError for an unknown detector, or without a readable film with truth.
+    Without a folder, `toy` films of the toy world are written, and forgotten afterwards. Raises UserError for an
+    unknown detector, or without a readable film with truth.
     """
     if unknown := [name for name in detectors if name not in DETECTORS]:
         raise UserError(f"there is no detector {unknown[0]!r}; choose some of {', '.join(DETECTORS)}")
@@ -238,7 +228,7 @@ def bench_curate(
         raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
     with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
         written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
-        films = sorted(p for p in written if p.is_file() and p.suffix not in (".csv", ".json"))
-        films = [p for p in films if any(truth.is_file() for truth in _truths(p))]
+        media = (p for p in sorted(written) if p.is_file() and p.suffix not in (".csv", ".json"))
+        films = [p for p in media if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
         figures = compare(films, detectors or DETECTORS, on_progress)
         return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

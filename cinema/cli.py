@@ -1,20 +1,18 @@
-"""The command line: `cinema write`, `movie`, `plan`, `animate`, `curate`, `train`, `toyworld`, `evaluate`, `doctor`.
+"""The command line; heavy imports are inside the commands, and one whose module is not there is not offered.
 
-Heavy imports are inside the commands, so `cinema --help` answers at once; a command whose module is not there is not
-offered. Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one
-sentence; CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending.
-"""
+Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one sentence;
+CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending."""
 
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic_core import to_jsonable_python
@@ -27,18 +25,17 @@ from typer.exceptions import TyperException
 from cinema import config
 from cinema.errors import UserError
 from cinema.files import write_json
-from cinema.story import Story, load_story, save_story
+from cinema.story import Story, load_story, read_text, save_story
 
+Result = TypeVar("Result")
 STORYLINE_SUFFIXES, STORY_SUFFIXES = (".txt", ".md"), (".yaml", ".yml")
 AnnotatorName = StrEnum("AnnotatorName", ["truth", "vision", "local", "none"])
 
 
 def _writable(path: Path | None) -> Path | None:
     """The path, if a file can be written there: asked before the work, not after it."""
-    if path is None:
-        return None
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+    above = next(folder for folder in path.absolute().parents if folder.exists()) if path else Path()
+    if path and (path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK)):
         raise UserError(f"{path}: figures cannot be written there; give a file in a folder that can be written to")
     return path
 
@@ -48,6 +45,13 @@ Seed = Annotated[int, typer.Option(help="Another seed, another result; the same 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
+Board = Annotated[Path, typer.Argument(help="A folder that `cinema plan` wrote.")]
+Workdir = Annotated[Path | None, typer.Option(help="Keep what is in between here, and go on from it.")]
+Films = Annotated[int, typer.Option(help="How many films.", min=1)]
+Stories = Annotated[int, typer.Option(help="How many held-out stories.", min=1)]
+Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A training configuration in YAML.")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
 
 
@@ -59,26 +63,19 @@ def write(
     """Turn a storyline in plain English into a story, and say what was understood."""
     if out.suffix.lower() not in STORY_SUFFIXES:
         raise UserError(f"{out}: a story is written as YAML; give a name that ends in .yaml")
-    story = _written(storyline, title, Console(highlight=False))
+    story = _story(storyline, title, writing=True)
     save_story(story, out)
     _say(f"{out}: {_count(story.shots, 'shot')}, {_count(story.cast, 'character')}, {_count(story.sets, 'set')}")
 
 
 def movie(
-    story: StoryFile,
-    out: FilmFile,
-    preset: Preset = None,
-    seed: Seed = 0,
-    workdir: Annotated[Path | None, typer.Option(help="Keep what is in between here, and go on from it.")] = None,
-    json: Json = None,
+    story: StoryFile, out: FilmFile, preset: Preset = None, seed: Seed = 0, workdir: Workdir = None, json: Json = None
 ) -> None:
     """Make a film from a story: plan its keyframes, animate its shots, join them."""
     script, chosen = _story(story), config.preset(preset)
     from cinema.movie import make_movie
 
-    with _progress() as tell:
-        result = make_movie(script, out, chosen, seed, workdir, tell)
-    _figures(result, json)
+    _figures(_watch(make_movie, script, out, chosen, seed, workdir), json)
     _say(f"{out}: {_count(script.shots, 'shot')}")
 
 
@@ -87,23 +84,16 @@ def plan(story: StoryFile, out: Folder, preset: Preset = None, seed: Seed = 0) -
     script, chosen = _story(story), config.preset(preset)
     from cinema.movie import plan_storyboard
 
-    with _progress() as tell:
-        plan_storyboard(script, out, chosen, seed, tell)
+    _watch(plan_storyboard, script, out, chosen, seed)
     _say(f"{out}: {_count(script.shots, 'keyframe')}")
 
 
-def animate(
-    storyboard: Annotated[Path, typer.Argument(help="A folder that `cinema plan` wrote.")],
-    out: FilmFile,
-    preset: Preset = None,
-    seed: Seed = 0,
-) -> None:
+def animate(storyboard: Board, out: FilmFile, preset: Preset = None, seed: Seed = 0) -> None:
     """Make a film from a planned storyboard."""
     chosen = config.preset(preset)
     from cinema.movie import animate_storyboard
 
-    with _progress() as tell:
-        animate_storyboard(storyboard, out, chosen, seed, tell)
+    _watch(animate_storyboard, storyboard, out, chosen, seed)
     _say(f"{out}: written")
 
 
@@ -139,8 +129,7 @@ def curate(
     options |= {"workers": workers or (1 if annotator == "local" else _cores()), "limit_s": time_limit}
     options |= {"video": video, "ray": ray, "max_requests": max_requests, "max_tokens": max_tokens}
     options |= {"detector": detector} if detector else {}
-    with _progress() as tell:
-        result = curation.curate(curation.find_films(films, out), out, **options, on_progress=tell)
+    result = _watch(curation.curate, curation.find_films(films, out), out, **options)
     rows = [(curation.shown(str(f.film)), f.status, f.shots, f.kept, f.reason) for f in result.films]
     _table(("film", "status", "shots", "kept", "reason"), rows, result, json)
     if report:
@@ -153,46 +142,29 @@ def curate(
         raise typer.Exit(3)
 
 
-def train(
-    settings: Annotated[Path, typer.Argument(metavar="CONFIG", help="A training configuration in YAML.")],
-    out: Folder,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
-) -> None:
+def train(settings: ConfigFile, out: Folder, resume: Resume = False) -> None:
     """Train a model; a run that was stopped goes on with --resume and ends as if it never had been."""
     if not settings.is_file():
         raise UserError(f"{settings}: there is no such file; give the path of a training configuration in YAML")
     from cinema import training
 
-    with _progress() as tell:
-        training.train(settings, out, resume, tell)
+    _watch(training.train, settings, out, resume)
     _say(f"{out}: trained")
 
 
-def toyworld(
-    out: Folder, films: Annotated[int, typer.Option(help="How many films.", min=1)] = 1, seed: Seed = 0
-) -> None:
+def toyworld(out: Folder, films: Films = 1, seed: Seed = 0) -> None:
     """Write films of the toy world, with their ground truth beside them."""
     from cinema.toyworld.film import write_films
 
-    with _progress() as tell:
-        write_films(films, seed, out, tell)
-    _say(f"{out}: {_count(range(films), 'film')}")
+    _say(f"{out}: {_count(_watch(write_films, films, seed, out), 'film')}")
 
 
-def evaluate(
-    stories: Annotated[int, typer.Option(help="How many held-out stories.", min=1)] = 20,
-    shots: Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)] = 8,
-    preset: Preset = None,
-    seed: Seed = 0,
-    json: Json = None,
-) -> None:
+def evaluate(stories: Stories = 20, shots: Shots = 8, preset: Preset = None, seed: Seed = 0, json: Json = None) -> None:
     """Plan held-out toy stories and read from the pixels whether sets, looks and positions are as captioned."""
     chosen = config.preset(preset)
     from cinema.evaluation import evaluate_stories
 
-    with _progress() as tell:
-        figures = evaluate_stories(chosen, stories, shots, seed, tell)
-    _figures(figures, json)
+    _figures(_watch(evaluate_stories, chosen, stories, shots, seed), json)
 
 
 def bench_curate(
@@ -204,9 +176,7 @@ def bench_curate(
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
     from cinema import bench
 
-    with _progress() as tell:
-        figures = bench.bench_curate(folder, detector or (), toy, tell)
-    _figures(figures, json)
+    _figures(_watch(bench.bench_curate, folder, detector or (), toy), json)
 
 
 def doctor(json: Json = None) -> None:
@@ -232,12 +202,10 @@ def _cores() -> int:
 
 
 def _memory() -> int:
-    """Bytes of memory: the machine's, or the container's if that is less."""
-    try:
+    """Bytes of memory: the machine's, or the container's if that is less; 0 if this is no Unix."""
+    total, limit = 0, Path("/sys/fs/cgroup/memory.max")
+    with suppress(AttributeError, ValueError, OSError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not a Unix
-        return 0
-    limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(total, int(text)) if text.isdigit() else total
 
@@ -255,60 +223,48 @@ def _weights() -> dict[str, str]:
     facts = {}
     for chosen in map(config.preset, config.PRESETS):
         parts = {"keyframes": chosen.keyframes.weights, "video": chosen.video.weights}
-        missing = [f"{part} ({where})" for part, where in parts.items() if not here(where)]
-        facts[f"preset {chosen.name}"] = f"weights missing: {', '.join(missing)}" if missing else "weights present"
+        missing = ", ".join(f"{part} ({where})" for part, where in parts.items() if not here(where))
+        facts[f"preset {chosen.name}"] = f"weights missing: {missing}" if missing else "weights present"
     return facts
 
 
 def _services() -> dict[str, str]:
     import av
 
-    def offered(*names: str) -> str:
-        return ", ".join(name for name in names if name in av.codecs_available) or "none"
-
-    codecs = f"reads {offered('h264', 'hevc', 'vp9', 'av1')}; "
-    codecs += f"writes {offered('libx264', 'libx265', 'libvpx-vp9', 'libsvtav1')}"
-    # the address may hold a password, so it is not shown
-    model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")
+    wanted = ("h264", "hevc", "vp9", "av1"), ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
+    reads, writes = (", ".join(name for name in names if name in av.codecs_available) or "none" for names in wanted)
+    model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")  # the address may hold a password: not shown
     endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
-    return {"language model": endpoint, "video codecs": codecs}
+    return {"language model": endpoint, "video codecs": f"reads {reads}; writes {writes}"}
 
 
-def _story(path: Path) -> Story:
-    if path.suffix.lower() in STORYLINE_SUFFIXES:
-        return _written(path, None, Console(stderr=True, highlight=False))
-    return load_story(path)
-
-
-def _written(path: Path, title: str | None, console: Console) -> Story:
+def _story(path: Path, title: str | None = None, writing: bool = False) -> Story:
+    """The story of a file; what was understood of a storyline is the result of writing, else said in passing."""
+    if not writing and path.suffix.lower() not in STORYLINE_SUFFIXES:
+        return load_story(path)
     from cinema.writer import write_story
 
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a readable text file"
-        raise UserError(f"{path}: {reason}; give the path of a storyline in plain English") from None
-    written = write_story(text, title)
+    written = write_story(read_text(path, "a storyline in plain English"), title)
     for heading, lines in (("Understood", written.understood), ("Left out", written.left_out)):
         if lines:
-            console.print(f"{heading}:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
+            _say("\n  ".join([f"{heading}:", *lines]), errors=not writing)
     return written.story
 
 
 def _figures(result: Any, path: Path | None) -> None:
     """Show figures as a table, nested ones by dotted names, and save them."""
-    _table(("what", "value"), list(_flat(to_jsonable_python(result, fallback=str))), result, path)
+
+    def flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in figures.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{above}{name}.")
+            else:
+                yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else value
+
+    _table(("what", "value"), flat(to_jsonable_python(result, fallback=str)), result, path)
 
 
-def _flat(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], result: Any, path: Path | None) -> None:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], result: Any, path: Path | None) -> None:
     """Show rows, and save the result that they tell as JSON."""
     table = Table(*columns)
     for row in rows:
@@ -322,18 +278,21 @@ def _count(things: Sequence[Any], name: str) -> str:
     return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
-def _say(message: str) -> None:
-    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+def _say(message: str, errors: bool = True) -> None:
+    Console(stderr=errors, highlight=False).print(message, markup=False, soft_wrap=True)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error, moved by calling (done, total, message)."""
+def _watch(work: Callable[..., Result], *given: Any, **options: Any) -> Result:
+    """Do a piece of work while a progress bar on standard error shows the (done, total, message) that it tells."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     text = TextColumn("{task.description}", markup=False)
     with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda done, total, message: bar.update(task, completed=done, total=total, description=message)
+
+        def tell(done: int, total: int, message: str) -> None:
+            bar.update(task, completed=done, total=total, description=message)
+
+        return work(*given, **options, on_progress=tell)
 
 
 # fmt: off
@@ -383,16 +342,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("CINEMA_DEBUG"):
             raise
-        return _fail(_sentence(error))
+        if isinstance(error, UserError):
+            return _fail(str(error))
+        if isinstance(error, OSError) and (why := error.strerror):
+            where = error.filename2 or error.filename or "file"
+            return _fail(f"{where}: {why.lower()}; free or choose another place")
+        return _fail(f"{type(error).__name__}: {error}; set CINEMA_DEBUG=1 to see where it comes from")
     return _fail("stopped; the same command goes on from here") if code == 130 else int(code)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename2 or error.filename or 'file'}: {error.strerror.lower()}; free or choose another place"
-    return f"{type(error).__name__}: {error}; set CINEMA_DEBUG=1 to see where it comes from"
 
 
 def _fail(message: str, code: int = 1) -> int:

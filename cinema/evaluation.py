@@ -1,9 +1,7 @@
-"""Scores on the toy world: consistency is measured, since a reader recovers from pixels who is really there.
+"""Scores on the toy world, where a reader recovers from pixels who is really there.
 
-A look is described at its character's first appearance only. There, what is described must be drawn (*attributes*);
-later the same look must come back from memory (*identity*). The control replaces the memory by another story's:
-whoever is still right without the right memory, is so by chance.
-"""
+A look is described at its character's first appearance only: there it must be drawn as told (*attributes*), later it
+must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +24,8 @@ RESAMPLES = 2_000  # of the bootstrap
 
 @dataclass
 class Scores:
-    """Which of a story's claims its pictures keep."""
+    """Which of a story's claims its pictures keep; `attributes` are name → right or wrong, per first appearance."""
 
-    #: name → right or wrong, for every first appearance
     attributes: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
     identity: list[bool] = field(default_factory=list)  #: colour, shape and hat all right, for later appearances
 
@@ -61,15 +58,13 @@ def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None
         seen = read_keyframe(image, setup)
         for actor in setup.actors:
             found, look = seen.actor(actor.tag), looks.get(actor.tag)
-            right = {
-                name: found is not None and getattr(found.look, name) == getattr(look, name, None) for name in LOOK
-            }
+            right = {n: found is not None and getattr(found.look, n) == getattr(look, n, None) for n in LOOK}
             if actor.tag not in described:
                 scores.identity.append(all(right.values()))
                 continue
             right |= {"set": seen.place == setup.place, "position": found is not None, "size": seen.size == setup.size}
-            for name in ATTRIBUTES:
-                scores.attributes[name].append(right[name])
+            for name, judged in scores.attributes.items():
+                judged.append(right[name])
     return scores
 
 
@@ -98,8 +93,8 @@ def evaluate_stories(
 ) -> dict[str, Any]:
     """Plan held-out stories and score them; and each story's last shot again, after another story's keyframes.
 
-    With one story there is no other, and no control; in one shot nobody can come back. `seed` is of the stories and
-    of their pictures; progress counts keyframes. UserError if the preset's weights cannot be loaded.
+    With one story there is no other, and no control; in one shot nobody can come back. Progress counts keyframes.
+    UserError if the preset's weights cannot be loaded.
 
     Returns:
         Shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of characters who
@@ -108,7 +103,8 @@ def evaluate_stories(
     """
     planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
     told = [sample_movie(f"heldout/{seed}/{i}", shots).story() for i in range(stories)]
-    done, total = 0, stories * shots + (stories if stories > 1 else 0)
+    controls = range(stories if stories > 1 else 0)
+    done, total = 0, stories * shots + len(controls)
 
     def draw(story: Story, known: Pictures, what: str) -> list[Image.Image]:
         nonlocal done
@@ -121,14 +117,19 @@ def evaluate_stories(
         return images
 
     drawn = [draw(story, {}, f"story {i + 1} of {stories}") for i, story in enumerate(told)]
-    scores = [score_keyframes(_captions(s), images) for s, images in zip(told, drawn, strict=True)]
-    last = [_last(s, images[-1]) for s, images in zip(told, drawn, strict=True)]
-    wrong = []
-    for i in range(stories if stories > 1 else 0):
+    scores = [_score(story, images) for story, images in zip(told, drawn, strict=True)]
+    judged = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
+    judged["last_identity"] = [_score(story, images[-1:]).identity for story, images in zip(told, drawn, strict=True)]
+    judged["wrong_context_identity"] = wrong = []
+    for i in controls:
         known = dict(enumerate(drawn[i - 1][:-1]))
         images = draw(other_context(told[i], told[i - 1]), known, f"control {i + 1} of {stories}")
-        wrong.append(_last(told[i], images[-1]))
-    return {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name} | _summary(scores, last, wrong)
+        wrong.append(_score(told[i], images[-1:]).identity)
+    figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
+    figures |= {name: _share(rows) for name, rows in judged.items()}
+    figures["by_attribute"] = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
+    figures["ci95"] = {name: bootstrap(rows) for name, rows in judged.items()}
+    return figures | {"counts": {name: sum(map(len, rows)) for name, rows in judged.items()}}
 
 
 def other_context(story: Story, other: Story) -> Story:
@@ -139,40 +140,24 @@ def other_context(story: Story, other: Story) -> Story:
     return Story(title=story.title, cast=[*cast.values()], sets=[*sets.values()], shots=shots)
 
 
-def _captions(story: Story) -> list[str]:
-    return [shot.caption for shot in story.shots]
-
-
-def _last(story: Story, image: Image.Image) -> list[bool]:
-    """Identity of those who come back in the last shot, if this is its picture."""
-    return score_keyframes(_captions(story), [*[None] * (len(story.shots) - 1), image]).identity
-
-
-def _summary(scores: list[Scores], last: list[list[bool]], wrong: list[list[bool]]) -> dict[str, Any]:
-    judged = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
-    judged |= {"last_identity": last, "wrong_context_identity": wrong}
-    return {
-        **{name: _share(rows) for name, rows in judged.items()},
-        "by_attribute": {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES},
-        "ci95": {name: bootstrap(rows) for name, rows in judged.items()},
-        "counts": {name: sum(map(len, rows)) for name, rows in judged.items()},
-    }
+def _score(story: Story, images: Sequence[Image.Image]) -> Scores:
+    """Scores of the story's last shots, as many as there are pictures."""
+    unseen = [None] * (len(story.shots) - len(images))
+    return score_keyframes([shot.caption for shot in story.shots], [*unseen, *images])
 
 
 def _share(rows: list[list[bool]]) -> float | None:
-    count = sum(map(len, rows))
-    return sum(map(sum, rows)) / count if count else None
+    return sum(map(sum, rows)) / count if (count := sum(map(len, rows))) else None
 
 
 def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | None:
-    """95 % interval of the share of True, by drawing whole rows (stories) anew; None if nothing was judged.
+    """95 % interval of the share of True, by drawing whole rows anew; None if nothing was judged.
 
-    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): judgements of one story depend on each other,
-    so stories are drawn, not judgements.
+    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13); judgements of one row, a story, depend on each other.
     """
-    right, count = np.array([[sum(row), len(row)] for row in rows if len(row)], float).reshape(-1, 2).T
-    if not len(right):
+    if not any(rows):
         return None
+    right, count = np.array([[sum(row), len(row)] for row in rows if row], float).T
     draws = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
     low, high = np.quantile(right[draws].sum(1) / count[draws].sum(1), [0.025, 0.975])
     return [float(low), float(high)]

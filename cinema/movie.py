@@ -1,9 +1,7 @@
-"""From a story to a film: plan keyframes, animate shots, join them; resumable at every keyframe and every shot.
+"""From a story to a film: plan keyframes, animate shots, join them; a killed run goes on and ends as the same film.
 
-What is in between lies in a working folder: `keyframes/000.png` (with what the planner read and remembered in its text
-chunks), `shots/000.tiff` (all frames, lossless), and `*.job.json`, which says whose work it is. Each file appears whole
-or not at all, and every picture depends on its inputs and seed alone: a killed run goes on and ends as the same film.
-"""
+Between them lie, each whole or not at all, `keyframes/000.png` (with what the planner read and remembered in its text
+chunks), `shots/000.tiff` (all frames, lossless) and `*.job.json`, which says whose work it is."""
 
 import errno
 import glob
@@ -14,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
@@ -31,6 +29,8 @@ from cinema.media import FilmWriter
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
 from cinema.viz import film_strip
+
+_TOLD = ("caption", "remembered")  # what a keyframe's file says of it
 
 
 @dataclass(frozen=True)
@@ -81,26 +81,26 @@ def plan_storyboard(
     UserError as for `make_movie`.
     """
     rename(story, preset.tags)  # fails early where the cast is too large
-    names = ("story.yaml", "keyframes", "storyboard.png", "manifest.json")
-    with _work(out_dir, "plan", _facts(story, seed, preset.keyframes), names, out_dir):
-        paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
-        known = {i: image for i, path in enumerate(paths) if (image := _read(path)) is not None}
+    script, picture, manifest = (out_dir / name for name in ("story.yaml", "storyboard.png", "manifest.json"))
+    paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
+    places = [script, out_dir / "keyframes", picture, manifest]
+    with _work(out_dir / "plan.job.json", _facts(story, seed, preset.keyframes), places, out_dir):
+        known = {i: image for i, path in enumerate(paths) if (image := _read(path))}
         if len(known) < len(paths):
             planner = KeyframePlanner.from_preset(preset, _device())
             for keyframe in planner.iterate(story, seed, on_progress, known):
                 if keyframe.index not in known:
                     text = PngInfo()
-                    text.add_itxt("caption", json.dumps(keyframe.caption))
-                    text.add_itxt("remembered", json.dumps(keyframe.remembered))
+                    for key in _TOLD:
+                        text.add_itxt(key, json.dumps(getattr(keyframe, key)))
                     with atomic(paths[keyframe.index]) as part:
                         keyframe.image.save(part, pnginfo=text)
         told = story.model_copy(deep=True)
         for shot, path in zip(told.shots, paths, strict=True):
-            shot.keyframe = f"{path.parent.name}/{path.name}"
+            shot.keyframe = path.relative_to(out_dir).as_posix()
             if "duration" not in shot.model_fields_set:
                 shot.duration = preset.video.frames / preset.video.fps
-        save_story(told, out_dir / "story.yaml")
-        picture, manifest = out_dir / "storyboard.png", out_dir / "manifest.json"
+        save_story(told, script)
         _contact_sheet(story, paths, picture)
         write_json(manifest, _manifest(story, paths, preset, seed))
     return Storyboard(out_dir, picture, manifest, paths)
@@ -113,23 +113,23 @@ def animate_storyboard(
 
     UserError if the folder is no storyboard, a keyframe is missing or cannot be read, or as for `make_movie`.
     """
-    if not (folder / "story.yaml").is_file():
+    script = folder / "story.yaml"
+    if not script.is_file():
         raise UserError(f"{folder}: there is no story.yaml, so it is no storyboard; make one with `cinema plan`")
-    story = load_story(folder / "story.yaml")
+    story, paths = load_story(script), list[Path]()
     for i, shot in enumerate(story.shots):
         if shot.keyframe is None:
-            raise UserError(f"{folder / 'story.yaml'}: shot {i} names no keyframe; plan the story again")
+            raise UserError(f"{script}: shot {i} names no keyframe; plan the story again")
+        paths.append(folder / shot.keyframe)
     _check(story, out, preset)
-    paths = [folder / str(shot.keyframe) for shot in story.shots]
     return _animate(story, paths, out, out.with_name(f"{out.stem}.work"), preset, seed, on_progress)
 
 
 def weights_identity(name: str) -> str:
     """What tells weights apart: the SHA-256 of a local folder's weights and settings, or a hub name as it is."""
-    folder = Path(name)
+    folder, digest = Path(name), hashlib.sha256()
     if not folder.is_dir():
         return name
-    digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model")):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
@@ -140,17 +140,16 @@ def weights_identity(name: str) -> str:
 def _animate(
     story: Story, keyframes: list[Path], out: Path, work: Path, preset: Preset, seed: int, tell: Progress | None
 ) -> MovieResult:
-    images = []
+    images = list[Image.Image]()
     for path in keyframes:
-        if (image := _read(path)) is None:
+        if not (image := _read(path)):
             raise UserError(f"{path}: this keyframe is missing or no picture; put it back or plan the story again")
         images.append(image)
-    facts = _facts(story, seed, preset.video)
-    facts["keyframes"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-    with _work(work, "film", facts, ("shots",), out):
+    facts = _facts(story, seed, preset.video) | {"keyframes": [_sha256(image.tobytes()) for image in images]}
+    paths = [work / "shots" / f"{i:03d}.tiff" for i in range(len(story.shots))]
+    counts = [shot_frames(shot, preset.video) for shot in story.shots]
+    with _work(work / "film.job.json", facts, [work / "shots"], out):
         sweep(out.parent, glob.escape(out.stem))
-        paths = [work / "shots" / f"{i:03d}.tiff" for i in range(len(story.shots))]
-        counts = [shot_frames(shot, preset.video) for shot in story.shots]
         known = {i for i, (path, count) in enumerate(zip(paths, counts, strict=True)) if _is_whole(path, count, preset)}
         if len(known) < len(paths):
             animator = Animator.from_preset(preset, _device())
@@ -187,15 +186,11 @@ def _is_whole(path: Path, count: int, preset: Preset) -> bool:
 def _check(story: Story, out: Path, preset: Preset) -> None:
     """What can be found wrong before the work."""
     check_weights(preset.video.weights, "video")
-    manifest = out.with_suffix(".json")
-    if manifest.exists():
-        try:
-            ours = json.loads(manifest.read_text(encoding="utf-8"))["film"]["file"] == out.name
-        except (OSError, ValueError, LookupError, TypeError):
-            ours = False
-        if not ours:
-            cure = "which would replace it; give the film another name"
-            raise UserError(f"{manifest}: is not this film's manifest, {cure}")
+    manifest, ours = out.with_suffix(".json"), False
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        ours = json.loads(manifest.read_text(encoding="utf-8"))["film"]["file"] == out.name
+    if manifest.exists() and not ours:
+        raise UserError(f"{manifest}: is not this film's manifest, which would replace it; give the film another name")
     FilmWriter(out, preset.video.width, preset.video.height, preset.video.fps)
     for shot in story.shots:
         shot_frames(shot, preset.video)
@@ -204,13 +199,12 @@ def _check(story: Story, out: Path, preset: Preset) -> None:
 
 
 @contextmanager
-def _work(folder: Path, kind: str, facts: dict[str, Any], names: tuple[str, ...], goal: Path) -> Iterator[None]:
+def _work(job: Path, facts: dict[str, Any], places: list[Path], goal: Path) -> Iterator[None]:
     """A piece of work in a folder, begun or gone on with; given back if it fails before anything is there.
 
-    UserError if the folder holds other work, or files of those names that are not ours, or the disk refuses.
+    UserError if the folder holds other work, or files in those places that are not ours, or the disk refuses.
     """
-    job, places = folder / f"{kind}.job.json", [folder / name for name in names]
-    new, cure = not job.exists(), "choose another folder or remove it"
+    folder, new, cure = job.parent, not job.exists(), "choose another folder or remove it"
     try:
         if new:
             if taken := [place.name for place in places if place.exists()]:
@@ -243,49 +237,43 @@ def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings) 
     """What makes work the same: if one of these differs, so do the pictures."""
     told = story.model_dump(mode="json", exclude={"shots": {"__all__": {"keyframe", "clip"}}})
     durations = [shot.duration for shot in story.shots if "duration" in shot.model_fields_set]
-    digest = hashlib.sha256(json.dumps([told, durations], sort_keys=True).encode()).hexdigest()
-    facts: dict[str, Any] = {"story": digest, "seed": seed, "cinema": version("cinema"), "settings": asdict(settings)}
-    del facts["settings"]["weights"]
-    return facts | {"weights": weights_identity(settings.weights)}
+    digest, numbers = _sha256(json.dumps([told, durations], sort_keys=True).encode()), asdict(settings)
+    weights = weights_identity(numbers.pop("weights"))
+    return {"story": digest, "seed": seed, "cinema": version("cinema"), "settings": numbers, "weights": weights}
 
 
 def _manifest(story: Story, keyframes: list[Path], preset: Preset, seed: int) -> dict[str, Any]:
     packages = ("cinema", "torch", "diffusers", "transformers", "pillow", "av")
-    parts = {"keyframes": preset.keyframes.weights, "video": preset.video.weights}
-    settings = asdict(preset)
-    for name, weights in parts.items():
-        settings[name]["weights"] = _portable(weights)
-    return {
-        "story": story.model_dump(mode="json", exclude_none=True),
-        "seed": seed,
-        "preset": settings,
-        "weights": {name: weights_identity(weights) for name, weights in parts.items()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "device": _device(),
-        "keyframes": [_told(path) for path in keyframes],
-    }
+    settings, package = asdict(preset), WEIGHTS.parent.parent
+    weights = {part: settings[part]["weights"] for part in ("keyframes", "video")}
+    for part, path in weights.items():
+        if Path(path).is_absolute() and Path(path).is_relative_to(package):  # told as from the package on
+            settings[part]["weights"] = Path(path).relative_to(package).as_posix()
+    told: dict[str, Any] = {"story": story.model_dump(mode="json", exclude_none=True), "seed": seed, "preset": settings}
+    told["weights"] = {part: weights_identity(path) for part, path in weights.items()}
+    told["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return told | {"device": _device(), "keyframes": [_told(path) for path in keyframes]}
 
 
 def _ground_truth(story: Story, counts: list[int], out: Path, preset: Preset) -> dict[str, Any]:
     """Shots and film of a manifest, as curation reads them."""
-    ends = list(accumulate(counts))
-    shots = [
-        {"start_frame": end - count, "end_frame": end, "caption": shot.caption}
-        for end, count, shot in zip(ends, counts, story.shots, strict=True)
-    ]
-    film: dict[str, Any] = {"file": out.name, "sha256": hashlib.sha256(out.read_bytes()).hexdigest()}
-    film |= {"frames": ends[-1], "fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
+    told = zip(pairwise(accumulate(counts, initial=0)), story.shots, strict=True)
+    shots = [{"start_frame": start, "end_frame": end, "caption": shot.caption} for (start, end), shot in told]
+    film: dict[str, Any] = {"file": out.name, "sha256": _sha256(out.read_bytes()), "frames": sum(counts)}
+    film |= {"fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
     return {"shots": shots, "film": film}
 
 
 def _told(path: Path) -> dict[str, Any]:
     """What a keyframe's file says about itself; a picture from elsewhere says nothing."""
-    with Image.open(path) as image:
-        text = image.info
-    told = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    with suppress(ValueError):  # a picture from elsewhere may use the same words for something else
-        told |= {k: json.loads(text[k]) for k in ("caption", "remembered") if k in text}
+    told = {"file": path.name, "sha256": _sha256(path.read_bytes())}
+    with Image.open(path) as image, suppress(ValueError):  # the words may stand for something else
+        told |= {key: json.loads(image.info[key]) for key in _TOLD if key in image.info}
     return told
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read(path: Path) -> Image.Image | None:
@@ -299,12 +287,6 @@ def _read(path: Path) -> Image.Image | None:
 def _contact_sheet(story: Story, pictures: Sequence[Image.Image | Path], path: Path) -> None:
     with atomic(path) as part:
         film_strip(pictures, [shot.caption for shot in story.shots]).save(part)
-
-
-def _portable(weights: str) -> str:
-    """The path of weights of the package from the package on."""
-    path, package = Path(weights), WEIGHTS.parent.parent
-    return path.relative_to(package).as_posix() if path.is_absolute() and path.is_relative_to(package) else weights
 
 
 def _device() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cinema.errors import UserError
 from cinema.files import write_text
@@ -23,8 +23,7 @@ class StoryError(UserError):
     """A story that cannot be used; its message is one sentence: what, where, and the cure."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+class _Model(BaseModel, extra="forbid", validate_assignment=True): ...
 
 
 class Character(_Model):
@@ -100,8 +99,8 @@ class Story(_Model):
             raise ValueError(f"the cast lists {', '.join(sorted(twice))} twice; give each character one entry")
         if twice := {p for p in places if places.count(p) > 1}:
             raise ValueError(f"the sets list {min(twice)!r} twice; give each set one entry")
-        named = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
-        for where, mentioned, place in [*named, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
+        cast = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
+        for where, mentioned, place in [*cast, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
             if unknown := [t for t in mentioned if t not in tags]:
                 raise ValueError(f"{where}: {unknown[0]} is not in the cast; add it there or correct the tag")
             if place is not None and place not in places:
@@ -118,18 +117,17 @@ class Story(_Model):
 
 
 def load_story(path: str | Path) -> Story:
-    """Read a story from a YAML (or JSON) file.
+    """Read a story from a YAML (or JSON) file; StoryError, with the line and the cure, if it does not hold one."""
+    return parse_story(read_text(Path(path), "a story in YAML"), str(path))
 
-    Raises:
-        StoryError: the file is missing, is not YAML, or is not a story; the message names the line and the cure.
-    """
-    path = Path(path)
+
+def read_text(path: Path, wanted: str) -> str:
+    """The text of a file that the user names; StoryError if there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a readable text file"
-        raise StoryError(f"{path}: {reason}; give the path of a story in YAML") from None
-    return parse_story(text, str(path))
+        raise StoryError(f"{path}: {reason}; give the path of {wanted}") from None
 
 
 def parse_story(text: str, name: str = "story") -> Story:
@@ -181,8 +179,7 @@ def _one_sentence(name: str, node: yaml.Node, error: ValidationError) -> str:
 
 def _short(value: object) -> str:
     """Input as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def _repeated(root: yaml.Node) -> Iterator[yaml.Node]:

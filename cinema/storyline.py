@@ -16,8 +16,9 @@ from cinema.errors import UserError
 
 MAX_CAST = 100
 LOOKS = ("colour", "shape", "hat")
+_PEOPLE = ("name", "pronoun", "creature", "group")
 _OF_THE_WORLD = ("place", "size", "camera", "position", "action", *LOOKS)
-_PEOPLE = {"name", "pronoun", "creature", "group"}
+_SMALL = ("det", "prep", "filler", "link")  # kinds that stand between the words that count
 _WEATHER = ("snow", "night")  # these give way to a set that is a place: a moonlit forest is a forest
 _LEXICON = yaml.safe_load(Path(__file__).with_name("lexicon.yaml").read_text(encoding="utf-8"))
 _NOBODY, _WHERE = (re.compile(_LEXICON[key].replace("\n", "|")) for key in ("nobody", "where"))
@@ -56,19 +57,15 @@ def _pattern(names: set[str]) -> re.Pattern[str]:
     return re.compile("|".join([*parts, r"(?P<word>[^\W_][\w-]*)"]), re.IGNORECASE)
 
 
-def _kind_and_value(match: re.Match[str] | None) -> tuple[str, str]:
-    kind, _, value = ((match and match.lastgroup) or "").partition("__")
-    return kind, value.replace("_", " ")
-
-
 def _tokens(text: str, pattern: re.Pattern[str]) -> list[_Token]:
     found: list[_Token] = []
     for match in pattern.finditer(text):
-        kind, value = _kind_and_value(match)
+        kind, _, value = (match.lastgroup or "").partition("__")
         if kind == "name" and found and found[-1].kind == kind and match.start() - found[-1].end == 1:
             found[-1].end = match.end()  # a surname
         else:
-            found.append(_Token(kind, value, match[0], *match.span(), used=kind not in ("word", "denied")))
+            used = kind not in ("word", "denied")
+            found.append(_Token(kind, value.replace("_", " "), match[0], *match.span(), used))
     return found
 
 
@@ -92,22 +89,20 @@ def _names(sentences: list[str]) -> set[str]:
     for sentence in sentences:
         words = re.findall(r"[^\W\d_](?:[\w-]|['’](?=[A-Z]))*", sentence)
         for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
-            if not word[0].isupper() or _NOBODY.fullmatch(word.lower()):
-                continue
-            (kind, _), (next_kind, _) = (_kind_and_value(plain.fullmatch(w)) for w in (word, after))
-            acts = next_kind == "action" or (_VERB.search(after) and not word.endswith("s"))
-            met = before and not _WHERE.fullmatch(before.lower())
-            if word.lower() in TOY_NAMES or (kind in ("word", "") and (acts or met)):
-                names.add(word)
+            if word[0].isupper() and not _NOBODY.fullmatch(word.lower()):
+                known, then = ((m.lastgroup or "") if (m := plain.fullmatch(w)) else "word" for w in (word, after))
+                acts = then.startswith("action") or (_VERB.search(after) and not word.endswith("s"))
+                met = before and not _WHERE.fullmatch(before.lower())
+                if word.lower() in TOY_NAMES or (known == "word" and (acts or met)):
+                    names.add(word)
     return names
 
 
 class StorylineReader:
-    """Reads a storyline into beats; every kind of token has a handler, called `_on_kind`.
+    """Reads a storyline into `beats`, and a `cast`: tag -> what the text says of its colour, shape and hat.
 
-    Its `beats` are what happens, in order; its `cast` maps tags to what the text says of their colour, shape and hat.
-    `understood` and `left_out` are, per sentence, words that were used and words that were not. Raises UserError if the
-    text says nothing that the toy world knows, or names too many characters.
+    `understood` and `left_out` are, per sentence, words that were used and words that were not. UserError if the text
+    says nothing that the toy world knows, or names too many characters. Every kind of token has a handler, `_on_kind`.
     """
 
     def __init__(self, text: str) -> None:
@@ -144,19 +139,12 @@ class StorylineReader:
         if self.beat.actors or self.beat.setting:
             self.beats.append(self.beat)
         told = [t for t in self.tokens if t.used and (t.tags or t.kind in _OF_THE_WORLD)]
-        if listed := [f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told]:
-            self.understood.append(where + "; ".join(listed))
-        if unused := [f"“{text[start:end]}”" for start, end in self._unused()]:
-            self.left_out.append(where + "; ".join(unused))
-
-    def _unused(self) -> list[tuple[int, int]]:
-        """Where words stand that nothing was made of, with the small words between them."""
-        spans, together = list[tuple[int, int]](), False
-        for t in self.tokens:
-            if not t.used:
-                spans.append((spans.pop()[0] if together else t.start, t.end))
-            together = not t.used or (together and t.kind in ("det", "prep", "filler", "link"))
-        return spans
+        marks = "".join("x" if not t.used else "-" if t.kind in _SMALL else "." for t in self.tokens)
+        unused = [self.tokens[m.start() : m.end()] for m in re.finditer("x(?:-*x)*", marks)]
+        understood = [f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told]
+        left_out = [f"“{text[words[0].start : words[-1].end]}”" for words in unused]
+        self.understood += [where + "; ".join(understood)] if understood else []
+        self.left_out += [where + "; ".join(left_out)] if left_out else []
 
     def _cut(self, keep: dict[str, str | None]) -> None:
         """Begin another shot within the sentence, with these actors; who only just came leaves the old one."""
@@ -182,8 +170,8 @@ class StorylineReader:
         acts = [t.kind for t in self.tokens[i + 1 : i + 2]] == ["action"]
         if word == "it" and not acts and "it" not in self.said.values():
             return  # `it is cold` is about nobody
-        busy = self.doers + self.waiting if word in ("him", "her") or (word == "it" and not acts) else []
-        others = [t for t in reversed(self.recent) if t not in busy]
+        acted_on = word in ("him", "her") or (word == "it" and not acts)
+        others = [t for t in reversed(self.recent) if not (acted_on and t in self.doers + self.waiting)]
         fitting = [t for t in others if self.said.get(t, sex) == sex] or others or self.recent[-1:] or [self._invent()]
         self.said.setdefault(fitting[0], sex)
         self._mention(i, fitting[0])
@@ -234,16 +222,14 @@ class StorylineReader:
             self._act(self.ahead.pop("action"))
 
     def _tag(self, name: str) -> str:
-        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-        plain = re.sub(r"[^a-z0-9_-]", "", plain).lstrip("0123456789_-")
+        plain = re.sub(r"[^a-z0-9_-]", "", unicodedata.normalize("NFKD", name).lower()).lstrip("0123456789_-")
         first, key = zlib.crc32(name.encode()) % len(TOY_NAMES), name.casefold()
         others = (*TOY_NAMES[first:], *TOY_NAMES[:first])  # for names that leave nothing, or what another has
         wanted = [f"<{word}>" for word in (plain, *others) if word]
-        taken = {tag for known, tag in self.tags_of.items() if known != key}
-        return self.tags_of.setdefault(key, next((tag for tag in wanted if tag not in taken), wanted[0]))
+        return self.tags_of.setdefault(key, next((t for t in wanted if t not in self.tags_of.values()), wanted[0]))
 
     def _invent(self) -> str:
-        tag = next(t for t in (f"<{n}>" for n in TOY_NAMES) if t not in self.cast)
+        tag = next(f"<{name}>" for name in TOY_NAMES if f"<{name}>" not in self.cast)
         self.cast[tag] = {}
         self.recent.append(tag)
         self.understood.append(f"the text names nobody here, so {tag} plays the part")
@@ -252,18 +238,16 @@ class StorylineReader:
     def _on_action(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
         nouns = [t for t in clause if t.kind == "word" and not t.text.endswith("ly")]
-        if any(t.tags for t in clause):
-            pass
-        elif nouns and clause[0].kind == "det":  # somebody unknown acts: a leaf, the wind
-            if self.names or token.value == "standing":
-                token.used = False
-                return
-            nouns[-1].used = True
-            self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
-        elif not any(t.tags for t in self.tokens[:i]) and _PEOPLE & {t.kind for t in self.tokens[i:]}:
+        if nouns and clause[0].kind == "det" and not any(t.tags for t in clause):
+            # somebody unknown acts: a leaf, the wind
+            token.used = nouns[-1].used = not self.names and token.value != "standing"
+            if token.used:
+                self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
+                self._act(token)
+        elif not any(t.tags for t in self.tokens[:i]) and any(t.kind in _PEOPLE for t in self.tokens[i:]):
             self.ahead["action"] = token
-            return
-        self._act(token)
+        else:
+            self._act(token)
 
     def _act(self, token: _Token) -> None:
         """Whoever waits to act does; a second action of the same character begins another shot."""
@@ -271,9 +255,7 @@ class StorylineReader:
         standing = token.value == "standing"
         if not standing and any(self.beat.actors.get(d) not in (None, "standing", token.value) for d in doers):
             self._cut(dict.fromkeys(doers))
-        for tag in doers:
-            if not (standing and self.beat.actors.get(tag)):
-                self.beat.actors[tag] = token.value
+        self.beat.actors |= {d: token.value for d in doers if not (standing and self.beat.actors.get(d))}
         self.doers, self.waiting = doers, []
 
     def _on_break(self, i: int, token: _Token) -> None:
@@ -282,8 +264,8 @@ class StorylineReader:
 
     def _on_position(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
-        acting = self.doers if any(t.kind == "action" for t in clause) and "action" not in self.ahead else []
-        if owners := [t.tags[0] for t in clause if t.tags] or acting:
+        acts = any(t.kind == "action" for t in clause) and "action" not in self.ahead
+        if owners := [t.tags[0] for t in clause if t.tags] or (self.doers if acts else []):
             self.beat.positions[owners[-1]] = token.value
         else:  # `on the left, Ada ...`
             self.ahead["position"] = token
@@ -325,16 +307,12 @@ class StorylineReader:
         if after and after.kind in ("name", "creature"):
             self.ahead[token.kind] = token
         elif before and len(before.tags) == 1:
-            self._give(before.tags[0], token)
+            self._describe(before.tags[0], token)
 
     _on_colour = _on_shape = _on_hat = _on_look
 
-    def _describe(self, tag: str) -> None:
-        self.cast.setdefault(tag, {})
-        for kind in LOOKS:
-            if kind in self.ahead:
-                self._give(tag, self.ahead.pop(kind))
-
-    def _give(self, tag: str, token: _Token) -> None:
-        """A look is kept through the story: the first word stands."""
-        token.used = self.cast[tag].setdefault(token.kind, token.value) == token.value
+    def _describe(self, tag: str, *looks: _Token) -> None:
+        """Give a character these looks, or those said ahead; they last through the story: the first word stands."""
+        known = self.cast.setdefault(tag, {})
+        for look in looks or [self.ahead.pop(kind) for kind in LOOKS if kind in self.ahead]:
+            look.used = known.setdefault(look.kind, look.value) == look.value

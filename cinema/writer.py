@@ -32,12 +32,9 @@ class WrittenStory:
 def write_story(storyline: str, title: str | None = None, endpoint: Endpoint | None = None) -> WrittenStory:
     """Turn a storyline in plain English into a story whose captions are in the toy world's grammar.
 
-    Args:
-        title: of the story; by default a heading line of the storyline, or its cast and first set.
-        endpoint: the language model to ask; by default the environment's, and without one the reader below.
-
-    Raises:
-        UserError: the storyline is empty, far too long or says nothing that can be drawn; or the model failed twice.
+    The title is, by default, a heading line of the storyline, or its cast and first set; `endpoint`, the language
+    model to ask, is the environment's, and without one the reader below is asked. UserError if the storyline is empty,
+    far too long or says nothing that can be drawn; or the model failed twice.
     """
     if not storyline.strip():
         raise UserError("the storyline is empty; write a few sentences such as 'Ada jumps in the forest.'")
@@ -98,9 +95,8 @@ class _Stage:
 
     def _shoot(self, group: list[str], beat: Beat, setting: dict[str, str]) -> None:
         place, actions = setting.get("place", self.place), [beat.actors.get(tag) or "standing" for tag in group]
-        fits = [size for size, most in _MOST_ACTORS.items() if len(group) <= most]
-        if len(group) == 2 and "center" in map(beat.positions.get, group):
-            fits = ["wide"]
+        centred = len(group) == 2 and "center" in map(beat.positions.get, group)
+        fits = ["wide"] if centred else [size for size, most in _MOST_ACTORS.items() if len(group) <= most]
         if setting.get("size") in fits:
             size = setting["size"]
         elif not self.setups or place != self.place or fits == ["wide"]:
@@ -109,23 +105,22 @@ class _Stage:
             still = not {"walking", "jumping"} & set(actions)
             size = "close" if "close" in fits and still and self.setups[-1].size != "close" else "medium"
         usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
-        camera = setting.get("camera", usual)
-        actors = map(Actor, group, _spots(group, beat.positions, size), actions)
-        self.setups.append(Setup(place, size, camera, tuple(actors)))
+        camera, spots = setting.get("camera", usual), _spots(group, beat.positions, size)
+        actors = tuple(Actor(tag, spots[tag], action) for tag, action in zip(group, actions, strict=True))
+        self.setups.append(Setup(place, size, camera, actors))
         self.place, self.camera_given = place, "camera" in setting
         if picked := [size] * (setting.get("size") != size) + [camera] * ("camera" not in setting):
             self.chosen.append(f"shot {len(self.setups)}: {', '.join(picked)}")
 
 
-def _spots(group: list[str], told: dict[str, str], size: str) -> list[str]:
+def _spots(group: list[str], told: dict[str, str], size: str) -> dict[str, str]:
     """Different positions for all, the told ones where they are free."""
-    free = {1: ["center", "left", "right"], 2: ["left", "right", "center"], 3: ["left", "center", "right"]}[len(group)]
-    free = free[:2] if len(group) == 2 and size == "medium" else free
-    spots: dict[str, str] = {}
+    free = [["center", "left", "right"], ["left", "right", "center"], ["left", "center", "right"]][len(group) - 1]
+    free, spots = free[:2] if len(group) == 2 and size == "medium" else free, dict[str, str]()
     for tag in sorted(group, key=lambda t: t not in told):
         spots[tag] = told[tag] if told.get(tag) in free else free[0]
         free.remove(spots[tag])
-    return [spots[tag] for tag in group]
+    return spots
 
 
 def _read(storyline: str, title: str | None) -> WrittenStory:
@@ -155,11 +150,10 @@ def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]
     for tag, given in cast.items():
         colours, seed = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS), zlib.crc32(tag.encode())
         hashed = zip(LOOKS, (colours, world.SHAPES, world.HATS), (1, 11, 101), strict=True)
-        chosen = {kind: words[seed // skip % len(words)] for kind, words, skip in hashed}
-        looks[tag] = Look(**chosen | given)
+        own = {kind: words[seed // skip % len(words)] for kind, words, skip in hashed if kind not in given}
+        looks[tag] = Look(**own | given)
         taken.add(looks[tag].colour)
-        own = [word for kind, word in chosen.items() if kind not in given]
-        said = f" ({', '.join(own)} chosen, as the text does not say)" if own else ""
+        said = f" ({', '.join(own.values())} chosen, as the text does not say)" if own else ""
         notes.append(f"{tag} is {looks[tag]}{said}")
     return looks, notes
 
@@ -180,8 +174,8 @@ def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:
         with OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, timeout=300) as client:
             story = ask(client, endpoint.model, _BRIEF, storyline, Story.model_json_schema(), read)
     except AnswerError as error:
-        advice = "try another model or storyline"
-        raise UserError(f"{endpoint.model} gave no valid story in two tries ({error}); {advice}") from None
+        fault = f"{endpoint.model} gave no valid story in two tries ({error}); try another model or storyline"
+        raise UserError(fault) from None
     except OpenAIError as error:
         reason, advice = " ".join(str(error).split())[:200], "mend CINEMA_LLM_BASE_URL, or unset it for our own reader"
         raise UserError(f"the language model {endpoint.model} cannot be asked ({reason}); {advice}") from None

@@ -261,3 +261,13 @@ def test_bench_counts_as_its_text_says(tmp_path, capsys):
     with pytest.raises(UserError, match="no such folder"):
         bench.bench_curate(tmp_path / "none")
     assert isinstance(scan_of(film).rows[0], CuratedShot)
+
+
+@pytest.mark.parametrize("text", ["{", "7", "[]", '"bars"', '{"bars": [1, 1]}', "\x00"])
+def test_a_broken_json_beside_a_table_of_cuts_is_one_sentence(text, tmp_path, capsys):
+    make_film(tmp_path / "a.mp4", [12, 12])
+    (tmp_path / "a.cuts.csv").write_text("frame,type,start,end,score\n12,cut,12,12,1\n")
+    (tmp_path / "a.json").write_text(text)
+    assert main(["bench", "curate", str(tmp_path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "a.json: not the truth about a film" in said and "Error: " not in said and "\n" not in said

@@ -27,8 +27,6 @@ WRONG = 0.06  # highest price of a pixel that a character should explain
 THERE = 0.1  # least confidence of a character that is there; on empty sets nothing gets above 0
 FINALISTS = 16  # looks that are compared at full resolution
 
-Trial = tuple[int, int, int]  # look, and offsets down and across, in pixels from -REACH
-
 
 @dataclass(frozen=True)
 class ReadActor:
@@ -82,18 +80,17 @@ def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
     """
     pixels = to_pixels(image)
     padded = np.pad(pixels, ((REACH, REACH), (REACH, REACH), (0, 0)), "edge")
-    small = _half(padded)
-    small = np.dstack([small, (small**2).mean(-1)])
+    small = np.dstack([half := _half(padded), (half**2).mean(-1)])
     cast = {size: {p: hit for p in POSITIONS if (hit := _find(padded, small, size, p))} for size in SIZES}
-    size = max(SIZES, key=lambda s: sum(gain for _, gain in cast[s].values()))
-    found = {position: actor for position, (actor, _) in cast[size].items()}
+    size, hits = max(cast.items(), key=lambda item: sum(gain for _, gain in item[1].values()))
+    found = {position: actor for position, (actor, _) in hits.items()}
     return ReadFrame(read_place(pixels), size if found else None, found, setup)
 
 
 def read_place(pixels: Float[np.ndarray, "h w 3"]) -> str:
     """The kind of set whose sky and ground are nearest to the frame's highest and lowest rows."""
-    band = max(1, len(pixels) // 16)
-    seen = np.concatenate([np.median(pixels[rows], (0, 1)) for rows in (slice(0, band), slice(-band, None))])
+    band = HEIGHT // 16
+    seen = np.concatenate([np.median(rows, (0, 1)) for rows in (pixels[:band], pixels[-band:])])
     palettes = {name: np.array([*sky, *ground]) / 255 for name, (sky, _, ground) in world.PLACES.items()}
     return min(palettes, key=lambda name: float(np.abs(palettes[name] - seen).sum()))
 
@@ -150,18 +147,16 @@ def _find(
     windows = sliding_window_view(small, (h // 2, w // 2), (0, 1))[top // 2 :, left // 2 :][:n, :n]
     rough = t.linear @ rearrange(windows, "y x c h w -> (h w c) (y x)") + t.constant
 
-    def tried(look: int, y: int, x: int) -> tuple[float, float, Trial]:
-        return *_gain(t, padded[top + y :, :][:h], left + x, look), (look, y, x)
+    def tried(look: int, y: int, x: int) -> tuple[float, float, int, int, int]:
+        """Gain and confidence of a look at offsets down and across, in pixels from -REACH; and these three."""
+        return *_gain(t, padded[top + y :, :][:h], left + x, look), look, y, x
 
-    looks = np.argsort(-rough.max(1))[:FINALISTS].tolist()
-    ranked = sorted(
-        (tried(look, *(2 * k for k in divmod(int(rough[look].argmax()), n))) for look in looks), reverse=True
-    )
+    finalists = {look: divmod(int(rough[look].argmax()), n) for look in np.argsort(-rough.max(1))[:FINALISTS].tolist()}
+    ranked = sorted((tried(look, 2 * y, 2 * x) for look, (y, x) in finalists.items()), reverse=True)
     if ranked[0][1] < THERE / 2:
         return None
-    steps = range(2 * REACH + 1)
-    near = {(look, y + dy, x + dx) for *_, (look, y, x) in ranked[:3] for dy, dx in product((-1, 0, 1), repeat=2)}
-    gain, confidence, (look, *_) = max(tried(*trial) for trial in near if trial[1] in steps and trial[2] in steps)
+    near = {(look, y + dy, x + dx) for *_, look, y, x in ranked[:3] for dy, dx in product((-1, 0, 1), repeat=2)}
+    gain, confidence, look, *_ = max(tried(*trial) for trial in near if {*trial[1:]} <= {*range(2 * REACH + 1)})
     return (ReadActor(all_looks()[look], confidence), gain) if confidence >= THERE else None
 
 
@@ -185,10 +180,8 @@ def _free(pixels: Float[np.ndarray, "h w 3"], sides: list[Float[np.ndarray, "h w
 def read_clip(frames: Sequence[Image.Image], setup: Setup, cast: Mapping[str, Look]) -> ReadClip:
     """Read a shot: which camera move and which actions, drawn over its moved first frame, explain it best.
 
-    Args:
-        frames: the whole shot, evenly spaced in time from 0 to 1; ValueError if fewer than 5.
-        setup: who stands where, and the shot size; its camera and actions are not looked at.
-        cast: tag → look, as read from the first frame; a character of the setup without a look is left out.
+    The frames are evenly spaced in time from 0 to 1; ValueError if fewer than 5. The setup says who stands where, and
+    the shot size. The cast is tag → look, as read from the first frame; who has none is left out.
     """
     if len(frames) < 5:
         raise ValueError(f"{len(frames)} frames show neither a move nor an action; give at least 5")
@@ -230,14 +223,13 @@ def _posed(look: Look, setup: Setup, actor: Actor, time: float) -> Float[np.ndar
 
 def _moved(sheet: Float[np.ndarray, "h w 4"], setup: Setup, time: float, parallax: float) -> Float[np.ndarray, "h w 4"]:
     """A picture and its alpha as the camera shows them later; what comes from outside has alpha 0."""
-    camera = camera_at(setup, time)
-    if camera.push == 1 and camera.shift == 0:
+    if (camera := camera_at(setup, time)).push == 1 and camera.shift == 0:
         return sheet
     rest = HEIGHT * (1 - 1 / camera.push)  # the frame's zoom is about (1, 0.55)
     affine = (1 / camera.push, 0, rest - parallax * camera.shift * HEIGHT, 0, 1 / camera.push, 0.55 * rest)
     channels = [Image.fromarray(channel) for channel in np.moveaxis(sheet, -1, 0).astype(np.float32)]
-    size, how = channels[0].size, (Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-    return np.stack([np.asarray(channel.transform(size, *how)) for channel in channels], -1)
+    how = channels[0].size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+    return np.stack([np.asarray(channel.transform(*how)) for channel in channels], -1)
 
 
 def to_pixels(image: Image.Image) -> Float[np.ndarray, "h w 3"]:
