@@ -70,7 +70,7 @@ TOY = Preset(
     name="toy", dtype="bfloat16", tags=tuple(f"<{n}>" for n in TOY_NAMES),
     keyframes=KeyframeSettings(
         weights=str(WEIGHTS / "keyframes"), height=128, width=256, text_tokens=28,
-        steps=16, shift=3.0, guidance=1.0, distilled_guidance=1.0, context_sigma=0.05,
+        steps=16, shift=3.0, guidance=2.0, distilled_guidance=1.0, context_sigma=0.05,
         memory_levels=5, memory_group=4,
         memory_ratio=1.58,  # sides 8, 5, 3, 2, 1; so small a grid rounds the golden ratio to 8, 4, 3, 1, 1
     ),
