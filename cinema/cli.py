@@ -35,7 +35,7 @@ AnnotatorName = StrEnum("AnnotatorName", ["truth", "vision", "local", "none"])
 def _writable(path: Path | None) -> Path | None:
     """The path, if a file can be written there: asked before the work, not after it."""
     above = next(folder for folder in path.absolute().parents if folder.exists()) if path else Path()
-    if path and (path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK)):
+    if path and ((path.exists() and not path.is_file()) or not above.is_dir() or not os.access(above, os.W_OK)):
         raise UserError(f"{path}: figures cannot be written there; give a file in a folder that can be written to")
     return path
 
@@ -106,9 +106,9 @@ def curate(
     detector: Annotated[str | None, typer.Option(help="What finds the cuts.")] = None,
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Requests for captions that this run may send.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens for captions that this run may pay for.")] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds without progress after which a film hangs.")] = 900.0,
+    max_requests: Annotated[int | None, typer.Option(help="Requests for captions it may send.", min=0)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens for captions it may pay for.", min=0)] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds without progress that a film may take.", min=1)] = 900.0,
     ray: Annotated[bool, typer.Option("--ray", help="Spread films over a Ray cluster.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Also write pages to look through, OUT/report.")] = False,
     preset: Preset = None,
@@ -336,7 +336,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = make_app()(given, prog_name="cinema", standalone_mode=False) or 0
     except TyperException as error:
-        return _fail(f"{error.format_message().rstrip('.')}; `cinema --help` shows what there is", error.exit_code)
+        context = getattr(error, "ctx", None)
+        told = error.format_message().replace("Value error, ", "").rstrip(".")
+        command = context.command_path if context else "cinema"
+        return _fail(f"{told}; `{command} --help` shows what there is", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:

@@ -85,7 +85,7 @@ FLUX = Preset(
         TOY.keyframes, weights="black-forest-labs/FLUX.1-dev",
         height=400, width=800,  # the paper's: 25 x 50 tokens
         text_tokens=128,  # read off Fig. 4
-        steps=28, distilled_guidance=3.5,
+        steps=28, guidance=1.0, distilled_guidance=3.5,  # its guidance is distilled: one pass a step
         memory_levels=6, memory_ratio=PHI,  # sides 25, 15, 9, 5, 3, 2
     ),
     video=replace(

@@ -17,6 +17,10 @@ EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_
 BT709 = 1  # the number that H.264 has for these primaries, this transfer and this matrix
 
 
+# With one thread, and without the tree of macroblocks, whose weights vary: the same pictures give the same bytes.
+STEADY = {"x264-params": "mbtree=0"}
+
+
 class FilmWriter:
     """Writes a film frame by frame; the file appears whole when the block ends well, and not at all otherwise.
 
@@ -37,10 +41,10 @@ class FilmWriter:
     @contextmanager
     def _writing(self, fps: int, crf: int) -> Iterator[None]:
         with atomic(self.path) as part, av.open(str(part), "w", options={"movflags": "+faststart"}) as self._file:
-            self._stream = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+            self._stream = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf)} | STEADY)
             (self._stream.width, self._stream.height), self._stream.pix_fmt = self.size, "yuv420p"
             codec = self._stream.codec_context
-            codec.thread_count = 1  # the same bytes on every machine
+            codec.thread_count = 1
             codec.color_primaries = codec.color_trc = codec.colorspace = BT709  # said, since players guess differently
             codec.color_range = ColorRange.MPEG
             yield

@@ -186,12 +186,12 @@ def _is_whole(path: Path, count: int, preset: Preset) -> bool:
 def _check(story: Story, out: Path, preset: Preset) -> None:
     """What can be found wrong before the work."""
     check_weights(preset.video.weights, "video")
+    FilmWriter(out, preset.video.width, preset.video.height, preset.video.fps)
     manifest, ours = out.with_suffix(".json"), False
     with suppress(OSError, ValueError, LookupError, TypeError):
         ours = json.loads(manifest.read_text(encoding="utf-8"))["film"]["file"] == out.name
     if manifest.exists() and not ours:
         raise UserError(f"{manifest}: is not this film's manifest, which would replace it; give the film another name")
-    FilmWriter(out, preset.video.width, preset.video.height, preset.video.fps)
     for shot in story.shots:
         shot_frames(shot, preset.video)
     if out.is_dir():

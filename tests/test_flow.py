@@ -72,6 +72,11 @@ def test_sampled_sigmas_are_logit_normal_per_pair_and_repeatable() -> None:
     assert abs(torch.corrcoef(sigma.T)[0, 1]) < 0.07
 
 
+def test_sampled_sigmas_are_shifted_as_time_is() -> None:
+    straight, shifted = (sample_sigma((100, 2), torch.Generator().manual_seed(1), shift=shift) for shift in (1.0, 3.0))
+    assert torch.allclose(shifted, shift_time(straight, 3.0)) and shifted.median() > straight.median()
+
+
 @pytest.mark.parametrize(
     "call", [lambda: schedule(0), lambda: schedule(4, 0.0), lambda: shift_time(torch.ones(1), -1.0)]
 )

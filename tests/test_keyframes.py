@@ -90,6 +90,27 @@ def test_what_is_remembered_changes_what_is_drawn(planner: KeyframePlanner) -> N
     assert not np.array_equal(pixels(red[1].image), pixels(blue[1].image))
 
 
+def test_memory_is_noised_by_the_context_s_sigma(planner: KeyframePlanner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered is (1 - sigma) clean + sigma noise, the noise of this seed and shot."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        planner.transformer,
+        "encode_context",
+        lambda groups, **told: (
+            seen.append(groups[0].latents),
+            InterleavedFluxTransformer.encode_context(planner.transformer, groups, **told),
+        )[1],
+    )
+    known = {0: Image.new("RGB", (128, 64), "red")}
+    told = story("<ada>", "x")
+    for sigma in (0.0, 0.25, 1.0):
+        monkeypatch.setattr(planner, "settings", replace(planner.settings, context_sigma=sigma))
+        planner.plan(told, known=known)
+    clean, mixed, noise = seen
+    assert torch.allclose(mixed, torch.lerp(clean, noise, 0.25), atol=1e-6)
+    assert noise.std() > 0.5 and not torch.allclose(clean, noise, atol=0.1)
+
+
 def test_memory_of_one_pair_remembers_nothing(folder: Path) -> None:
     alone = KeyframePlanner.from_preset(tiny.preset(folder, memory_levels=1, memory_group=1))
     assert [k.remembered for k in alone.plan(FIVE)] == [[]] * 5

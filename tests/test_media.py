@@ -42,6 +42,18 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_pictures_that_move_give_the_same_bytes_at_odd_places(tmp_path: Path) -> None:
+    """Widths that are no multiple of 64, at which x264's defaults differ from run to run."""
+    noise = np.random.default_rng(0).integers(0, 255, (112, 260, 3), np.uint8)
+    written = set()
+    for i in range(6):
+        with FilmWriter(tmp_path / f"{i}.mp4", 224, 112, 8) as film:
+            for k in range(12):
+                film.add(Image.fromarray(noise[:, 3 * k : 3 * k + 224]))
+        written.add((tmp_path / f"{i}.mp4").read_bytes())
+    assert len(written) == 1
+
+
 def test_a_lower_rate_factor_is_closer_and_larger(tmp_path: Path) -> None:
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 64, 3), np.uint8)) for i in range(3)]
     errors, sizes = [], []

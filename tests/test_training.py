@@ -158,6 +158,12 @@ def test_missing_and_broken_configs(tmp_path: Path) -> None:
         make_task("x", 0, None, {})
     with pytest.raises(UserError, match="colour"):
         make_task("autoencoder", 0, None, {"colour": 1})
+    for options in ({"height": "tall"}, {"seed": 3}):
+        with pytest.raises(UserError, match="correct the options"):
+            make_task("autoencoder", 0, None, options)
+    AutoencoderTask(seed=0, init=None, **TINY).save(tmp_path / "vae")
+    with pytest.raises(UserError, match="'colour' is not an option where `init` gives the model"):
+        make_task("autoencoder", 0, str(tmp_path / "vae"), {"colour": 1})
 
 
 def test_every_shipped_config_is_valid() -> None:
@@ -171,6 +177,32 @@ def test_rate_warms_up_holds_and_decays() -> None:
     assert config.rate(30) == 1.0
     assert config.rate(75) == pytest.approx(0.1 + 0.9 * 0.5)
     assert config.rate(100) == pytest.approx(0.1)
+
+
+def test_stages_follow_each_other_each_with_its_rate() -> None:
+    config = settings(stages=[{"steps": 3, "batch": 1}, {"steps": 2, "batch": 2, "lr": 0.5}], warmup=0, decay_from=0.9)
+    assert [config.stage_at(step).batch for step in range(7)] == [1, 1, 1, 2, 2, 2, 2]
+    assert [config.rate(step) for step in range(5)] == [1, 1, 1, 0.5, 0.5]
+
+
+class Forgetful(AutoencoderTask):
+    """Draws from the global generator, as dropout does."""
+
+    def loss(self, model, stage, step):
+        loss, figures = super().loss(model, stage, step)
+        return loss * torch.rand(()), figures
+
+
+def test_chance_within_a_model_is_of_the_step_alone(tmp_path: Path) -> None:
+    run_training(settings(save_every=1, keep=9), Forgetful(seed=0, init=None, **TINY), tmp_path / "whole", resume=False)
+    (tmp_path / "cut").mkdir()
+    for name in ("config.json", "checkpoint-0000005.safetensors"):
+        (tmp_path / "cut" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    run_training(settings(save_every=1, keep=9), Forgetful(seed=0, init=None, **TINY), tmp_path / "cut", resume=True)
+    last = "checkpoint-0000008.safetensors"
+    assert same(tmp_path / "whole" / last, tmp_path / "cut" / last)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert len(set(losses)) == len(losses)
 
 
 def test_half_precision_gives_float32_gradients_near_the_full_ones() -> None:

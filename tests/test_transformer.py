@@ -149,6 +149,18 @@ def test_cache_equals_recomputation(batch: int) -> None:
     assert torch.allclose(out, expected, atol=ATOL)
 
 
+@torch.no_grad()
+def test_context_sees_itself_in_both_directions_unless_it_is_causal() -> None:
+    model, past = tiny.transformer(), [tiny.group([0, 1, 2])]
+    causal, both = (model.encode_context(past, causal=causal, guidance=3.5) for causal in (True, False))
+    pair = 6 + 5  # tokens
+    for i, (seen, free) in enumerate(zip(causal.blocks, both.blocks, strict=True)):
+        assert torch.allclose(seen[0], free[0], atol=ATOL) == (i == 0)  # the first block's keys come before attention
+        assert torch.allclose(seen[0][:, :, -pair:], free[0][:, :, -pair:], atol=ATOL) == (i < 2)  # the last sees all
+    with pytest.raises(ValueError, match="pair 2 does not come after"):
+        model.forward_pairs([tiny.group([2])], causal=True, cache=causal, guidance=3.5)
+
+
 def _floats(group: PairGroup) -> tuple[Tensor, ...]:
     return group.latents, group.text, group.pooled, group.sigma
 

@@ -137,6 +137,7 @@ def preset(folder: Path, **changes: object) -> Preset:
         width=128,
         text_tokens=10,
         steps=2,
+        guidance=1.0,
         distilled_guidance=3.5,
         memory_levels=2,
         memory_group=2,

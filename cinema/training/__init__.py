@@ -41,9 +41,7 @@ def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
         raise UserError(f"task {name}: {shape[0]!r} is not an option where `init` gives the model; remove it")
     try:
         return task(seed=seed, init=init, **options)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise  # a fault of ours, not of the options
+    except (TypeError, ValueError, IndexError) as error:  # what a number or a word that does not fit runs into
         raise UserError(f"task {name}: {error}; correct the options") from None
     except OSError as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")

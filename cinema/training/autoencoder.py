@@ -73,7 +73,7 @@ class AutoencoderTask:
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
         """Frames above their reconstructions."""
-        frames = frames_of_step(self.seed, 10**7 + 1, 6, self.height)
+        frames = frames_of_step(self.seed, 10**7 + 1, 6, self.height).to(self.model.vae.device)
         decoded = self.model.vae.decode(self.model.vae.encode(frames).latent_dist.mode()).sample
         to_image(rearrange([frames, decoded], "two (y x) c h w -> c (y two h) (x w)", x=3)).save(path)
 

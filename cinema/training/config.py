@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cinema.errors import UserError
 
 
-class Stage(BaseModel, extra="forbid"):
+class Stage(BaseModel, extra="forbid", allow_inf_nan=False):
     """One stage of progressive training; its steps are optimiser steps."""
 
     steps: int = Field(gt=0)
@@ -20,11 +20,11 @@ class Stage(BaseModel, extra="forbid"):
     lr: float = Field(default=1.0, gt=0)  #: factor on the run's learning rates
 
 
-class TrainConfig(BaseModel, extra="forbid"):
+class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
     """A training run."""
 
     task: str  #: what is trained, one of ``cinema.training.TASKS``
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     stages: list[Stage] = Field(min_length=1)
     options: dict[str, Any] = {}  #: the task's own settings, checked by the task
     lr: float = Field(default=8e-4, gt=0)  #: AdamW's

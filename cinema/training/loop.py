@@ -162,7 +162,7 @@ def _one_step(run: Run, stage: Stage) -> dict[str, float]:
         good = latest_checkpoint(run.out)
         raise UserError(
             f"{run.out}: the loss at step {run.step} is {value}; "
-            f"the last good checkpoint is {good.name if good else 'none'}: lower the learning rate and resume from it"
+            f"the last good checkpoint is {good.name if good else 'none'}: train in another folder at a lower rate"
         )
     for optimizer in run.optimizers:
         optimizer.zero_grad()

@@ -97,6 +97,7 @@ class T5Task:
         """Binary cross entropy over the vocabulary, summed; mean over words."""
         captions = shot_captions(self.seed, step, stage.batch)
         words, target = tokenize(self.tokenizer, captions), clause_targets(self.tokenizer, captions)
+        words, target = (x.to(next(model.parameters()).device) for x in (words, target))
         counts = target.any(2)
         logits, target = model(words).float()[counts], target[counts]
         error = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(1).mean()
@@ -111,7 +112,7 @@ class T5Task:
     def sample(self, path: Path, stage: Stage) -> None:
         """Captions, and for every word the words that are read from its state, as a text file beside `path`."""
         captions = shot_captions(self.seed, 10**7, 8)
-        found = self.model(tokenize(self.tokenizer, captions)) > 0
+        found = self.model(tokenize(self.tokenizer, captions).to(self.model.encoder.device)) > 0
         lines = []
         for caption, row in zip(captions, found, strict=True):
             told = self.tokenizer.tokenize(caption)

@@ -79,7 +79,7 @@ class VideoAutoencoderTask:
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
         """First, middle and last frames of fresh clips above their reconstructions."""
-        clips = clips_of_step(self.seed, 10**7 + 100, 3, self.height, self.frames)
+        clips = clips_of_step(self.seed, 10**7 + 100, 3, self.height, self.frames).to(self.model.vae.device)
         decoded = self.model.vae.decode(self.model.vae.encode(clips).latent_dist.mode()).sample
         shown = torch.stack([clips, decoded])[:, :, :, [0, self.frames // 2, self.frames - 1]]
         to_image(rearrange(shown, "two b c t h w -> c (b two h) (t w)")).save(path)
