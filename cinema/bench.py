@@ -30,15 +30,13 @@ from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
 from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film
 from cinema.errors import UserError
-from cinema.toyworld.film import BLACK, OVERLAP, Progress, write_film
+from cinema.progress import Progress, quiet
+from cinema.toyworld.film import BLACK, OVERLAP, write_film
 from cinema.toyworld.world import sample_movie
 
 CODECS = {"libx264": ".mp4", "mpeg4": ".avi", "libvpx-vp9": ".webm"}
 TRUTHS = (".cuts.csv", ".json")  # endings of what lies beside a film; the first counts
 KEYFRAME = 400  # height of keyframes where speed is measured, the paper's
-
-
-def _quiet(done: int, total: int, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,9 @@ def _toy_events(truth: dict[str, Any]) -> list[Event]:
 
 def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
     """Compare where shots begin and how, the first one left out, with the truth."""
-
     free, hard = [at for at, _ in shots], [e for e in events if e.score]
     for event in hard:
-        near = [at for at in free if abs(at - event.frame) <= 1]
-        if near:
+        if near := [at for at in free if abs(at - event.frame) <= 1]:
             free.remove(min(near, key=lambda at: abs(at - event.frame)))
     found, spans = len(shots) - len(free), {e: range(e.start - 1, e.end + 2) for e in events}
     wrong = [at for at in free if not any(at in span for span in spans.values())]
@@ -117,7 +113,7 @@ def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
     return Tally(found, len(wrong), len(hard) - found, len(named), len(gradual))
 
 
-def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progress = _quiet) -> dict[str, Any]:
+def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progress = quiet) -> dict[str, Any]:
     """Figures of every detector over all films that have truth, and of the borders of those that say theirs.
 
     Raises UserError where no film has truth, or a film or a truth is not readable.
@@ -138,7 +134,7 @@ def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progre
     return {"films": len(known), **borders, **{name: tally.figures() for name, tally in tallies.items()}}
 
 
-def write_trials(count: int, seed: int, out: Path, on_progress: Progress = _quiet, shots: int = 8) -> list[Path]:
+def write_trials(count: int, seed: int, out: Path, on_progress: Progress = quiet, shots: int = 8) -> list[Path]:
     """Write toy films with all transitions, titles, letterbox, grain, three codecs and rate factors 18 to 32."""
     films = []
     for i in range(count):
@@ -191,7 +187,7 @@ def _scenedetect(film: Path, images: int) -> None:
 
 WORK: dict[str, Callable[[Path], object]] = {
     "decode": _decode,
-    "scan": lambda film: scan_film(probe(film), KEYFRAME, DETECTOR, lambda share, message: None),
+    "scan": lambda film: deque(scan_film(probe(film), KEYFRAME, DETECTOR, Timeline(), lambda *news: None), maxlen=0),
     "scenedetect, 1 image a shot": lambda film: _scenedetect(film, 1),
     "scenedetect, 3 images a shot": lambda film: _scenedetect(film, 3),
 }
@@ -215,7 +211,7 @@ def measure(film: Path) -> dict[str, Any]:
 
 
 def bench_curate(
-    folder: Path | None, detectors: Sequence[str] = (), toy: int = 6, on_progress: Progress = _quiet
+    folder: Path | None, detectors: Sequence[str] = (), toy: int = 6, on_progress: Progress = quiet
 ) -> dict[str, Any]:
     """Compare detectors (all if empty) on a folder's films with truth beside them, and measure speed on its largest.
 

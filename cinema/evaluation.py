@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from cinema.config import Preset
-from cinema.keyframes import KeyframePlanner, Pictures, Progress
+from cinema.keyframes import KeyframePlanner, Pictures
+from cinema.progress import Progress
 from cinema.story import Story
 from cinema.toyworld.reader import read_clip, read_keyframe
 from cinema.toyworld.world import Look, parse_caption, sample_movie

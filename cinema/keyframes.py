@@ -28,10 +28,10 @@ from cinema.config import KeyframeSettings, Preset
 from cinema.errors import UserError
 from cinema.flow import OnStep, euler, schedule
 from cinema.goldenmem import PATCH, Layout, coordinates, shrink, tokens
+from cinema.progress import Progress
 from cinema.story import TAG, Story
 from cinema.transformer import ContextCache, InterleavedFluxTransformer, PairGroup
 
-Progress = Callable[[int, int, str], None]  # (denoising steps done, of how many, message)
 Encoded = tuple[Float[Tensor, "t e"], Float[Tensor, "f"]]  # a caption: T5's states and CLIP's pooled state
 Pictures = Mapping[int, Image.Image]  # by shot
 

@@ -84,6 +84,4 @@ def _block_mask(lengths: tuple[int, ...], past: int, device: torch.device) -> An
 
     pair = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     keys = torch.cat([pair.new_full((past,), -1), pair])  # cached keys count as an earlier pair
-    return create_block_mask(
-        lambda b, k, i, j: pair[i] >= keys[j], None, None, len(pair), len(keys), device=str(device)
-    )
+    return create_block_mask(lambda b, k, i, j: pair[i] >= keys[j], None, None, len(pair), len(keys), str(device))

@@ -24,8 +24,9 @@ from PIL.PngImagePlugin import PngInfo
 from cinema.config import WEIGHTS, KeyframeSettings, Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.files import atomic, sweep, write_json
-from cinema.keyframes import KeyframePlanner, Progress, check_weights, rename
+from cinema.keyframes import KeyframePlanner, check_weights, rename
 from cinema.media import FilmWriter
+from cinema.progress import Progress
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
 from cinema.viz import film_strip

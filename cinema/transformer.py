@@ -164,9 +164,8 @@ class InterleavedSingleBlock(flux.FluxSingleTransformerBlock):
         q, k, v = (rearrange(z, "b n k h -> b k n h") for z in (q, k, v))
         keys, values = k, v
         if past is not None:
-            keys, values = (
-                torch.cat([x.expand(len(q), -1, -1, -1), y], dim=2) for x, y in ((past[0], k), (past[1], v))
-            )
+            old = (x.expand(len(q), -1, -1, -1) for x in past)
+            keys, values = (torch.cat(both, dim=2) for both in zip(old, (k, v), strict=True))
         out = attend_causal(q, keys, values, pairs.lengths) if causal else attend_full(q, keys, values)
         out = rearrange(out, "b k n h -> b n (k h)")
         out = self.proj_out(torch.cat([out, self.act_mlp(self.proj_mlp(x))], dim=-1))  # b n d

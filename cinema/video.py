@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cinema.config import Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.flow import OnStep, euler, schedule
-from cinema.keyframes import Progress, load_parts, rename, seeded, teller, to_image, to_tensor, tokenize, warn_if_cut
+from cinema.keyframes import load_parts, rename, seeded, teller, to_image, to_tensor, tokenize, warn_if_cut
+from cinema.progress import Progress
 from cinema.story import Shot, Story
 
 TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1

@@ -426,13 +426,13 @@ def test_the_store_keeps_every_field_and_names_a_wrong_file(tmp_path):
     rows = [CuratedShot(i, i / 3, (i + 1) / 3, keyframe_s=None, image=None, kept=False, **place) for i in range(40)]
     rows.append(CuratedShot(40, 9.0, 10.0, keyframe_s=9.5, image=b"\xff", caption="<cy> é", tags=["<cy>"], **place))
     film = CuratedFilm("ä b.mp4", [Character(tag="<ada>", description="ü")], rows)
-    write_film(tmp_path / "x.parquet", film)
+    write_film(tmp_path / "x.parquet", film.film, film.cast, film.shots)
     assert read_film(tmp_path / "x.parquet") == film
     meta = pq.ParquetFile(tmp_path / "x.parquet").metadata
     assert meta.schema.to_arrow_schema().names == columns.split()
     assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [32, 9]
     assert [c.tag for c in story_of(tmp_path / "x.parquet").cast] == ["<cy>", "<ada>"]
-    write_film(tmp_path / "y.parquet", CuratedFilm("y", [], rows[:1]))
+    write_film(tmp_path / "y.parquet", "y", [], rows[:1])
     (tmp_path / "z.parquet").write_bytes(b"PAR1")
     for name, words in (("y", "no shot is kept"), ("z", "not a curated film"), ("none", "no such file")):
         with pytest.raises(UserError, match=words):

@@ -320,7 +320,7 @@ def test_a_changed_bank_has_its_film_captioned_again_and_no_other(serve, tmp_pat
 def test_a_wrong_key_or_no_server_stops_the_run_and_leaves_no_film(serve, slept, tmp_path, monkeypatch):
     film = make_film(tmp_path / "a.mp4", [12])
     serve([401])
-    with pytest.raises(StoppedError, match="the key, the credit or the model is refused"):
+    with pytest.raises(StoppedError, match="the key, credit or model is refused"):
         curate([film], tmp_path / "out", annotator=VisionAnnotator(CAST), height=64)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
         monkeypatch.setenv("CINEMA_LLM_BASE_URL", f"http://me:secret@127.0.0.1:{closed.server_port}/v1")

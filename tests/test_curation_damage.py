@@ -9,20 +9,23 @@ from test_curation import make_film, make_sound
 
 from cinema.curation import NoAnnotator, curate
 from cinema.curation.film import FrameReader, probe
-from cinema.curation.scan import Scan, scan_film
+from cinema.curation.scan import scan_film
+from cinema.curation.shots import Timeline
+from cinema.curation.store import CuratedShot
 from cinema.errors import UserError
 
 LENGTHS = [14, 12, 14]
 
 
-def scan_of(path: Path) -> Scan:
-    scan = scan_film(probe(path), 32, "planes", lambda share, message: None)
-    assert scan.rows[0].start_frame == 0 and scan.rows[-1].end_frame == scan.frames
-    assert all((a.end_frame, a.end_s) == (b.start_frame, b.start_s) for a, b in pairwise(scan.rows))
-    for row in scan.rows:
+def scan_of(path: Path) -> tuple[list[CuratedShot], Timeline]:
+    line = Timeline()
+    rows = list(scan_film(probe(path), 32, "planes", line, lambda share, message: None))
+    assert rows[0].start_frame == 0 and rows[-1].end_frame == len(line.pts)
+    assert all((a.end_frame, a.end_s) == (b.start_frame, b.start_s) for a, b in pairwise(rows))
+    for row in rows:
         assert row.start_s < row.end_s and (row.keyframe_s is None or row.start_s <= row.keyframe_s < row.end_s)
         assert (row.image is None) == (row.keyframe_s is None) and (row.image is not None or row.reason)
-    return scan
+    return rows, line
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +49,10 @@ def test_a_film_cut_off_anywhere_keeps_what_is_there(streams, tmp_path, k):
         return
     if not frames:
         with pytest.raises(UserError, match="not one frame"):
-            scan_film(film, 32, "planes", lambda share, message: None)
+            scan_of(path)
         return
-    scan = scan_of(path)
-    assert (scan.frames, scan.damaged) == (len(frames), sum(f.damaged for f in frames))
+    _, line = scan_of(path)
+    assert (len(line.pts), sum(line.damaged)) == (len(frames), sum(f.damaged for f in frames))
 
 
 @pytest.mark.parametrize("k", range(26))
@@ -62,10 +65,10 @@ def test_flipped_bits_lose_only_what_they_hit(streams, tmp_path, k):
     path = tmp_path / whole.name
     path.write_bytes(data)
     damaged = {f.pts for f in FrameReader(probe(path)) if f.damaged}
-    scan = scan_of(path)
-    assert scan.frames > 0 and len(damaged) == scan.damaged
+    rows, line = scan_of(path)
+    assert len(line.pts) > 0 and len(damaged) == sum(line.damaged)
     base = probe(path).time_base
-    assert not any(row.keyframe_s is not None and round(row.keyframe_s / base) in damaged for row in scan.rows)
+    assert not any(row.keyframe_s is not None and round(row.keyframe_s / base) in damaged for row in rows)
 
 
 def test_odd_films_are_curated_and_hopeless_ones_are_named(tmp_path):

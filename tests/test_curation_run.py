@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from curation_jobs import Fatal, double
 from test_curation import files, make_film, make_sound, picture, write_truth
@@ -149,11 +150,13 @@ def test_a_file_name_that_is_no_text_is_curated(tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(tmp_path, monkeypatch):
     film = make_film(tmp_path / "a.mp4", [9])
 
+    write = pq.ParquetWriter.write_table
+
     def full(*args: Any, **kwargs: Any) -> None:
-        args[1].write(b"half")
+        write(*args, **kwargs)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cinema.curation.store.pq.write_table", full)
+    monkeypatch.setattr("cinema.curation.store.pq.ParquetWriter.write_table", full)
     with pytest.raises(StoppedError, match=r"cannot write there \(No space left on device\); make room"):
         curate_film(film, tmp_path / "out", **QUIET)
     assert files(tmp_path / "out") == {}

@@ -14,7 +14,7 @@ from cinema.cli import main
 from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
 from cinema.curation.frames import Box
 from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
-from cinema.curation.scan import Filters, Scan, scan_film, sharpness, text_card
+from cinema.curation.scan import Filters, scan_film, sharpness, text_card
 from cinema.curation.shots import ROOM, Keeper, SceneDetect, Timeline, cut_film
 from cinema.curation.store import CuratedShot
 from cinema.errors import UserError
@@ -23,8 +23,8 @@ from cinema.toyworld.film import write_films
 RNG = np.random.default_rng(0)
 
 
-def scan_of(film: Path) -> Scan:
-    return scan_film(probe(film), 32, "planes", lambda share, message: None)
+def scan_of(film: Path, height: int = 32) -> list[CuratedShot]:
+    return list(scan_film(probe(film), height, "planes", Timeline(), lambda share, message: None))
 
 
 def cuts_of(film: Film, picture: Box | None = None) -> list[tuple[int, str]]:
@@ -188,7 +188,7 @@ def test_the_keeper_always_has_the_middle_frame_also_when_told_late():
 
 def test_the_keyframe_of_a_long_shot_is_its_middle_to_a_24th(tmp_path):
     film = make_film(tmp_path / "a.mp4", [70, 50])
-    rows = scan_film(probe(film), 64, "planes", lambda share, message: None).rows
+    rows = scan_of(film, 64)
     assert [(r.start_frame, r.end_frame) for r in rows] == [(0, 70), (70, 120)]
     for row in rows:
         length = row.end_frame - row.start_frame
@@ -235,7 +235,7 @@ def test_toy_films_are_cut_as_they_were_drawn(tmp_path):
     assert figures["borders off by at most"] == 0 and figures["planes"]["f1"] >= 0.99
     assert figures["planes"]["named"] >= 0.9 * figures["planes"]["gradual"] - 1  # of so few, one more may be missed
     for film in films:
-        rows = scan_of(film).rows
+        rows = scan_of(film)
         assert rows[0].start_frame == 0 and all(a.end_frame == b.start_frame for a, b in pairwise(rows))
         assert all(set(json.loads(r.scores)) >= {"damaged", "card"} for r in rows if r.image)
 
@@ -260,7 +260,7 @@ def test_bench_counts_as_its_text_says(tmp_path, capsys):
         bench.bench_curate(tmp_path, ["magic"])
     with pytest.raises(UserError, match="no such folder"):
         bench.bench_curate(tmp_path / "none")
-    assert isinstance(scan_of(film).rows[0], CuratedShot)
+    assert isinstance(scan_of(film)[0], CuratedShot)
 
 
 @pytest.mark.parametrize("text", ["{", "7", "[]", '"bars"', '{"bars": [1, 1]}', "\x00"])

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,7 +54,7 @@ class Desk:
     """What an annotator works with: where it keeps answers, whom it tells how far it is, and who pays."""
 
     journal: Path | None = None  # a file for what models answered; None keeps nothing
-    tell: Callable[[float], None] = lambda share: None  # told the share of captions done, 0 to 1
+    tell: Callable[[int], None] = lambda done: None  # told how many captions are done
     may_ask: Callable[[], bool] = lambda: True  # asked before every request; once it says no, nothing more is asked
     spent: Callable[[int], None] = lambda tokens: None  # told the tokens of every answer
 
@@ -63,7 +63,6 @@ class Annotator:
     """Captions shots. This one names nobody, leaves captions empty and keeps every shot; others override it."""
 
     kind: ClassVar[str] = "none"
-    costly: ClassVar[bool] = False  # captions take long or cost money: what precedes them is kept on disk meanwhile
     sidecar: ClassVar[str] = ""  # ending of a file beside each film that captions are made of; if it changes, so did it
 
     @property
@@ -79,7 +78,7 @@ class Annotator:
         """The characters whom captions of this film may name."""
         return []
 
-    def caption(self, film: Path, shots: Sequence[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
+    def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """One caption per shot; `shots` are those of a film that have a usable `image`, in order."""
         return [Caption() for _ in shots]
 
@@ -109,7 +108,7 @@ class GroundTruthAnnotator(Annotator):
         """The cast of the story that the film was drawn from."""
         return self._sidecar(film).story.cast
 
-    def caption(self, film: Path, shots: Sequence[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
+    def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Give each shot the caption of the true shot it overlaps most, if its middle lies there; else set it aside."""
         true = self._sidecar(film).shots
         return [self._match(shot, true) for shot in shots]
@@ -154,8 +153,6 @@ class ModelAnnotator(Annotator):
     `<film stem>.yaml` for every film that has a cast of its own.
     """
 
-    costly: ClassVar[bool] = True
-
     def __init__(self, model: str, cast: Sequence[Character] | Path = ()):
         self.model, self._banks = model, cast if isinstance(cast, Path) else None
         self._cast = [] if isinstance(cast, Path) else list(cast)
@@ -175,13 +172,13 @@ class ModelAnnotator(Annotator):
         bank = self.bank(film)
         return load_story(bank).cast if bank and bank.is_file() else self._cast
 
-    def caption(self, film: Path, shots: Sequence[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
+    def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Caption every shot; one that gets no usable answer is set aside, the reason beginning with one of FAULTS.
         Raises StoppedError where the model cannot be reached at all, or nothing can be written."""
         captions, cast = list[Caption](), self.cast(film)
         with contextlib.closing(Journal(desk.journal)) as journal, contextlib.closing(self):
-            for number, shot in enumerate(shots):
-                desk.tell(number / len(shots))
+            for shot in shots:
+                desk.tell(len(captions))
                 before = [c.text for c in captions if c.text][-CONTEXT:]
                 captions.append(self._ask(shot.image or b"", cast, before, journal, desk))
         return captions
@@ -263,12 +260,8 @@ class VisionAnnotator(ModelAnnotator):
                 time.sleep(_pause(error, attempt, self._host))
                 return None
             if refused or (status is None and not late):
-                why = (
-                    f"the key, the credit or the model is refused ({status})" if refused else "no vision server answers"
-                )
-                raise StoppedError(
-                    f"{self._host}: {why}; correct CINEMA_LLM_* and go on with the same command"
-                ) from None
+                why = f"the key, credit or model is refused ({status})" if refused else "no vision server answers"
+                raise StoppedError(f"{self._host}: {why}; correct CINEMA_LLM_* and go on by the same command") from None
             what = "did not answer in time" if late else f"answered {status}"
             raise _Unanswered(f"ERROR: the vision server {what}") from None
 

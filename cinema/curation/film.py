@@ -5,6 +5,7 @@ PTS x time base: frame numbers lie where the rate varies. Axes: `h w` rows and c
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -74,10 +75,13 @@ class FrameReader:
 
     After a packet that cannot be decoded, or that the container marks as corrupt, every frame up to the next key
     frame is `damaged`, since it is predicted from what is missing. `errors` counts such packets so far.
+
+    With `glimpses`, (every, span) in seconds, only key frames at least `every` apart are decoded, and what follows
+    each within `span`; the index counts those frames.
     """
 
-    def __init__(self, film: Film, keys_only: bool = False):
-        self.film, self.keys_only, self.errors = film, keys_only, 0
+    def __init__(self, film: Film, glimpses: tuple[float, float] | None = None):
+        self.film, self.errors, self._glimpses = film, 0, glimpses
         self._bad_since: int | None = None
 
     def __iter__(self) -> Iterator[Frame]:
@@ -85,7 +89,6 @@ class FrameReader:
         step = max(1, round(1 / (self.film.rate * self.film.time_base)))
         last = end = None
         with _opened(self.film.path) as (container, stream):
-            stream.codec_context.skip_frame = "NONKEY" if self.keys_only else "DEFAULT"
             for index, image in enumerate(self._images(container, stream)):
                 pts = image.pts if image.pts is not None else end or 0
                 pts = pts if last is None or pts > last else last + 1
@@ -93,16 +96,30 @@ class FrameReader:
                 yield Frame(index, pts, end, self._is_damaged(image), image)
 
     def _images(self, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-        for packet in self._packets(container, stream):
+        codec = stream.codec_context
+        for packet in self._packets(container, stream) if self._glimpses is None else self._glimpsed(container, stream):
             try:
-                yield from stream.codec_context.decode(packet)
-                bad = packet.is_corrupt
+                yield from codec.decode(packet)
+                bad = packet is not None and packet.is_corrupt
             except av.FFmpegError:
                 self.errors, bad = self.errors + 1, True
-            if bad and self._bad_since is None:
+            if packet is None:
+                codec.flush_buffers()
+            elif bad and self._bad_since is None:
                 self._bad_since = packet.dts if packet.dts is not None else -(2**62)
         with contextlib.suppress(av.FFmpegError):
             yield from stream.codec_context.decode(None)
+
+    def _glimpsed(self, container: InputContainer, stream: VideoStream) -> Iterator[av.Packet | None]:
+        """The packets worth decoding; None where a stretch of them ends."""
+        (every, span), began = self._glimpses or (0.0, 0.0), -math.inf
+        for number, packet in enumerate(self._packets(container, stream)):
+            at = float(number / self.film.rate if packet.dts is None else packet.dts * self.film.time_base)
+            if packet.is_keyframe and at >= began + every:
+                yield None
+                began = at
+            if at <= began + span:
+                yield packet
 
     def _packets(self, container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
         failures = 0  # in a row: a broken place is passed, a broken rest is given up

@@ -4,19 +4,23 @@ Array axes: `h w` rows and columns of a stored frame, from the top left; channel
 """
 
 import io
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import av
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from cinema.curation.film import Film, FrameReader, planes_of
 
 BLACK = 30.0  # raw luma up to which a row or column is border; 16 is black in most files
 BRIGHT = 60.0  # mean luma from which a frame says where its border is; dark scenes, fades and cards mislead
-ENOUGH = 24  # key frames from which borders are read off key frames alone
-MOST = 200  # frames looked at, at most
+SHINE = 0.25  # a line at most so bright, as a share of the brightest next to it, is lit by it: compression smears edges
+MOST = 30  # key frames looked at, about
+ENOUGH = 12  # looks that make bars certain: with fewer key frames, what follows them is looked at too
+SPACING = 0.5  # seconds between two looks
 
 
 @dataclass(frozen=True)
@@ -32,45 +36,60 @@ class Box:
 def find_borders(film: Film) -> Box:
     """The picture area of a film: what is left without black bars, decided once for the whole film.
 
-    Per row and column the 95th percentile of luma, over bright frames its 0.9 quantile; what stays at or below
-    30 from an edge inwards is a bar. Opposite bars must agree within 2 % of the side, else the thinner holds for both.
+    A row or column is lit in a frame if its level, the 95th percentile of its luma, is above BLACK and no mere shine
+    of a line beside it; in the film, if it is in more than a tenth of the bright frames. What is not, from an edge
+    inwards, is a bar. Opposite bars must agree within 2 % of the side, else the thinner holds for both.
     """
-    if len(profiles := _profiles(film, keys_only=True)) < ENOUGH:  # a short film, or one with few key frames
-        profiles = _profiles(film, keys_only=False)
-    if not profiles:
+    every = (film.duration_s or 0.0) / MOST
+    looks = _looks(film, (every, 0.0))
+    free = any(look.mean > BRIGHT for look in looks) and _picture(film, looks) == Box(0, 0, film.width, film.height)
+    if len(looks) < ENOUGH and not free:
+        looks = _looks(film, (every, SPACING * ENOUGH / len(looks)) if looks else None)
+    return _picture(film, looks)
+
+
+class _Look(NamedTuple):
+    """A frame's mean luma, and which of its rows and columns are lit."""
+
+    mean: float
+    rows: Bool[np.ndarray, "n"]
+    columns: Bool[np.ndarray, "n"]
+
+
+def _looks(film: Film, glimpses: tuple[float, float] | None) -> list[_Look]:
+    looks, last = list[_Look](), -math.inf
+    for frame in FrameReader(film, glimpses):
+        image, second = frame.image, float(frame.pts * film.time_base)
+        usual = (image.width, image.height) == (film.width, film.height) and not frame.damaged
+        if usual and (image.key_frame or second >= last + SPACING):
+            y, last = planes_of(image, film)[0], second
+            looks.append(_Look(float(y[::4, ::4].mean()), _lit(y[:, ::4]), _lit(y[::4].T)))
+    return looks
+
+
+def _lit(lines: UInt8[np.ndarray, "n pixels"]) -> Bool[np.ndarray, "n"]:
+    levels = np.sort(lines, axis=1, kind="stable")[:, int(0.95 * (lines.shape[1] - 1))].astype(int)  # stable: counts
+    near = np.lib.stride_tricks.sliding_window_view(np.pad(levels, 2), 5).max(axis=1)
+    return (levels > BLACK) & (levels - 16 > SHINE * (near - 16))
+
+
+def _picture(film: Film, looks: list[_Look]) -> Box:
+    if not looks:
         return Box(0, 0, film.width, film.height)
-    means, rows, columns = (np.stack(part) for part in zip(*profiles, strict=True))
-    bright = means > BRIGHT if (means > BRIGHT).any() else means >= np.quantile(means, 0.9)
-    top, bottom = _bars(np.quantile(rows[bright], 0.9, axis=0))
-    left, right = _bars(np.quantile(columns[bright], 0.9, axis=0))
+    least = min(BRIGHT, float(np.quantile([look.mean for look in looks], 0.9)))  # a dark film has its brightest tenth
+    bright = [look for look in looks if look.mean >= least]
+    top, bottom = _bars(np.mean([look.rows for look in bright], axis=0) > 0.1)
+    left, right = _bars(np.mean([look.columns for look in bright], axis=0) > 0.1)
     return Box(left, top, film.width - right, film.height - bottom)
 
 
-def _profiles(film: Film, keys_only: bool) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """Mean luma, and the 95th percentiles of every row and column, of evenly spread frames."""
-    kept, stride = list[tuple[float, np.ndarray, np.ndarray]](), 1
-    for frame in FrameReader(film, keys_only):
-        odd_size = (frame.image.width, frame.image.height) != (film.width, film.height)
-        if frame.index % stride or frame.damaged or odd_size:
-            continue
-        y = planes_of(frame.image, film)[0]
-        kept.append((float(y.mean()), _p95(y[:, ::2].T), _p95(y[::2])))
-        if len(kept) == MOST:
-            kept, stride = kept[::2], stride * 2
-    return kept
-
-
-def _p95(values: UInt8[np.ndarray, "n lines"]) -> UInt8[np.ndarray, "lines"]:
-    return np.sort(values, axis=0, kind="stable")[int(0.95 * (len(values) - 1))]  # stable: counts, the fastest of bytes
-
-
-def _bars(profile: Float[np.ndarray, "lines"]) -> tuple[int, int]:
-    """Widths of the bars at both ends of a profile of luma; none where they would leave less than a quarter."""
-    lit = np.flatnonzero(profile > BLACK)
-    if not len(lit) or 4 * (np.ptp(lit) + 1) < len(profile):
+def _bars(lit: Bool[np.ndarray, "n"]) -> tuple[int, int]:
+    """Widths of the bars at both ends of the lines; none where they would leave less than a quarter."""
+    where = np.flatnonzero(lit)
+    if not len(where) or 4 * (np.ptp(where) + 1) < len(lit):
         return 0, 0
-    first, last = int(lit[0]), int(len(profile) - 1 - lit[-1])
-    return (first, last) if abs(first - last) <= 0.02 * len(profile) else (min(first, last),) * 2
+    first, last = int(where[0]), int(len(lit) - 1 - where[-1])
+    return (first, last) if abs(first - last) <= 0.02 * len(lit) else (min(first, last),) * 2
 
 
 def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) -> UInt8[np.ndarray, "h w 3"]:

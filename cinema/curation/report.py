@@ -23,7 +23,7 @@ from PIL import Image
 
 from cinema.curation.pool import Ask, Died, run_jobs
 from cinema.curation.remote import is_remote, mirror, send
-from cinema.curation.store import read_done, read_film
+from cinema.curation.store import read_done, read_film, read_images
 from cinema.errors import UserError
 from cinema.files import write_text
 from cinema.story import TAG
@@ -71,10 +71,10 @@ def write_card(out: Path) -> None:
 def _write_film_page(job: tuple[Path, str, dict[str, Any]], ask: Ask) -> _Summary:
     """Write the page of one film, in a child."""
     out, stem, done = job
-    film = read_film(out / f"{stem}.parquet")
+    film = read_film(out / f"{stem}.parquet", images=False)
     tags = dict.fromkeys(tag for shot in film.shots for tag in shot.tags)
     named = {tag: [shot for shot in film.shots if tag in shot.tags] for tag in tags}
-    pictures = [_thumb(shot.image) if shot.image else "" for shot in film.shots]
+    pictures = [_thumb(image) if image else "" for image in read_images(out / f"{stem}.parquet")]
     lasts, reasons = [s.end_s - s.start_s for s in film.shots], [s.reason for s in film.shots if not s.kept]
     about = {"title": film.film, "film": done, "median": median(lasts), **_charts(lasts, reasons)}
     about |= {"shots": film.shots, "cast": film.cast, "pictures": pictures, "named": named}

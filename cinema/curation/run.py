@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -24,15 +24,15 @@ from cinema.curation.film import Film, probe
 from cinema.curation.pool import Ask, Died, run_jobs, run_on_ray
 from cinema.curation.remote import fetched, incoming, is_remote, mirror, send
 from cinema.curation.report import write_card
-from cinema.curation.scan import Scan, scan_film
+from cinema.curation.scan import scan_film
 from cinema.curation.search import lengths
-from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT
+from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline
 from cinema.errors import UserError
+from cinema.progress import Progress, quiet
 
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
 MIB = 2**20
-Progress = Callable[[int, int, str], None]  # told frames done, frames in all, what is happening and how fast
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class FilmReport:
     """What became of one film, and why."""
 
     film: Path | str
-    status: (
-        str  # "ok", "partial" (used, but not all is there or whole), "failed", "waiting" if the run stopped before it
-    )
+    status: str  # "ok", "partial" (used, but not all is there or whole), "failed", "waiting": the run stopped before
     shots: int = 0  # rows written
     kept: int = 0  # those fit for training
     reason: str = ""  # of partial and failed, one sentence
@@ -135,6 +133,7 @@ def curate(
         height: short side of keyframes in pixels; the preset's if None. They are twice as wide.
         detector: one of `shots.DETECTORS`.
         video: also write the shots as videos, `clips/<film stem>.tar`.
+        on_progress: told frames done, frames in all, what is happening and how fast.
         workers: films at a time, a core each; does not count where `ray` spreads them over a Ray cluster.
         limit_s: seconds without any progress after which a film's process is taken to hang.
         max_requests, max_tokens: what this run may spend on captions; then it stops, and keeps what it has. Answers
@@ -195,20 +194,27 @@ def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> F
         return report
     facts = probe(film)
     cast = job.annotator.cast(film)  # before the work: it may say that there is none
-    if (scan := _read_scan(looked, about)) is None:
-        config, looks = job.config, 0.5 if job.config["video"] else 0.9  # share of the work
-        scan = scan_film(facts, config["height"], config["detector"], lambda part, what: tell(looks * part, what))
-        if config["video"]:
-            write_clips(facts, scan.rows, out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
-        if job.annotator.costly:
-            store.write_rows(looked, scan.rows, about | {"scan": vars(scan) | {"rows": None}})
-    rows, asked, journal = list(scan.rows), [row for row in scan.rows if row.kept], out / f"{film.stem}.captions.jsonl"
-    desk = replace(desk, journal=journal, tell=lambda share: tell(0.9 + 0.1 * share, "captions"))
-    captions = job.annotator.caption(film, asked, desk)
+    clips = out / CLIPS / f"{film.stem}.parquet"
+    if not _is_scan(looked, about):
+        clips.unlink(missing_ok=True)  # those of another version of the film
+        line, how, looks = (
+            Timeline(),
+            (job.config["height"], job.config["detector"]),
+            0.5 if job.config["video"] else 0.9,
+        )
+        found = scan_film(facts, *how, line, lambda share, what: tell(looks * share, what))
+        store.write_rows(looked, found, lambda: about | _summary(line, facts))
+    rows, scanned = store.read_rows(looked, images=False)
+    if job.config["video"] and not clips.is_file():
+        write_clips(facts, rows, out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
+    asked, journal = [row for row in rows if row.kept], out / f"{film.stem}.captions.jsonl"
+    desk = replace(desk, journal=journal, tell=lambda n: tell(0.9 + 0.1 * n / len(asked), "captions"))
+    captions = job.annotator.caption(film, (row for row in _with_images(rows, looked) if row.kept), desk)
     for row, c in zip(asked, captions, strict=True):
         rows[row.shot] = replace(row, caption=c.text, tags=c.tags, kept=c.kept, reason=c.reason)
-    store.write_film(out / f"{film.stem}.parquet", store.CuratedFilm(shown(film.name), cast, rows))
-    done = about | _verdict(facts, scan, rows, sum(c.retry for c in captions))
+    store.write_film(out / f"{film.stem}.parquet", shown(film.name), cast, _with_images(rows, looked))
+    counts = scanned["counts"] | {"pending": sum(c.retry for c in captions)}  # for a reason that may pass
+    done = about | _verdict(counts, scanned["times"], rows)
     store.write_done(job.done_file, done)
     if not done["counts"]["pending"]:
         looked.unlink(missing_ok=True)
@@ -244,7 +250,7 @@ class _Tally:
     """How far all films are, how fast it goes, and what captions cost; no limit if that is None."""
 
     def __init__(self, jobs: list[_Job], limits: tuple[int | None, int | None], on_progress: Progress | None):
-        self.jobs, self.on_progress = jobs, on_progress or (lambda done, total, message: None)
+        self.jobs, self.on_progress = jobs, on_progress or quiet
         self.max_requests, self.max_tokens = (math.inf if limit is None else limit for limit in limits)
         self.requests, self.tokens, self.out_of_money = 0, 0, False
         self.sizes = [found or (1, 0.0) for found in lengths([job.film for job in jobs])]  # frames and seconds
@@ -285,28 +291,37 @@ class _Tally:
         self.on_progress(done, sum(frames for frames, _ in self.sizes), text)
 
 
-def _read_scan(path: Path, about: dict[str, Any]) -> Scan | None:
-    """What an earlier run found in the same film with the same settings."""
-    try:
-        rows, kept = store.read_rows(path)
-        return Scan(**kept["scan"] | {"rows": rows}) if kept.items() >= about.items() else None
-    except store.UNREADABLE:
-        return None
+def _is_scan(path: Path, about: dict[str, Any]) -> bool:
+    """Whether an earlier run looked at the same film with the same settings, and wrote down what it found."""
+    with contextlib.suppress(*store.UNREADABLE):
+        return store.read_rows(path, images=False)[1].items() >= about.items()
+    return False
 
 
-def _verdict(film: Film, scan: Scan, rows: list[store.CuratedShot], pending: int) -> dict[str, Any]:
-    """The part of a done-file that says how it went; `pending` captions are missing for a reason that may pass."""
-    reasons = []
-    if film.duration_s is not None and scan.lasts_s < film.duration_s - TOLERANCE_S:
-        reasons.append(f"it ends after {scan.lasts_s:.2f} s of {film.duration_s:.2f} s")
-    if scan.errors or scan.damaged:
-        reasons.append(f"{scan.errors} packets and {scan.damaged} frames are damaged")
-    if pending:
-        reasons.append(f"{pending} captions are missing because of the server or the spending limit")
-    counts = {"frames": scan.frames, "damaged_frames": scan.damaged, "errors": scan.errors, "pending": pending}
+def _with_images(rows: list[store.CuratedShot], path: Path) -> Iterator[store.CuratedShot]:
+    return (replace(row, image=image) for row, image in zip(rows, store.read_images(path), strict=True))
+
+
+def _summary(line: Timeline, film: Film) -> dict[str, Any]:
+    """How much of a film was seen: frames decoded, those that cannot be trusted, packets that could not be decoded;
+    when the last frame is shown, seconds from the first one's beginning to its end, and how long it should be."""
+    counts = {"frames": len(line.pts), "damaged_frames": sum(line.damaged), "errors": line.errors}
+    ends = {"last_pts_s": line.pts[-1], "lasts_s": line.end_pts - line.pts[0]}
+    times = {name: float(pts * film.time_base) for name, pts in ends.items()} | {"duration_s": film.duration_s}
+    return {"counts": counts, "times": times}
+
+
+def _verdict(counts: dict[str, int], times: dict[str, float], rows: list[store.CuratedShot]) -> dict[str, Any]:
+    """The part of a done-file that says how it went."""
+    reasons, lasts, stated = [], times["lasts_s"], times["duration_s"]
+    if stated is not None and lasts < stated - TOLERANCE_S:
+        reasons.append(f"it ends after {lasts:.2f} s of {stated:.2f} s")
+    if counts["errors"] or counts["damaged_frames"]:
+        reasons.append(f"{counts['errors']} packets and {counts['damaged_frames']} frames are damaged")
+    if counts["pending"]:
+        reasons.append(f"{counts['pending']} captions are missing because of the server or the spending limit")
     counts |= {fault.lower(): sum(row.reason.startswith(f"{fault}: ") for row in rows) for fault in FAULTS}
     counts |= {"shots": len(rows), "kept": sum(row.kept for row in rows)}
-    times = {"last_pts_s": scan.last_pts_s, "lasts_s": scan.lasts_s, "duration_s": film.duration_s}
     return {"status": "partial" if reasons else "ok", "reason": "; ".join(reasons), "counts": counts, **times}
 
 

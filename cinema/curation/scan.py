@@ -6,8 +6,7 @@ Array axes: `h w` rows and columns of a keyframe; RGB or grey, 0-255.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,33 +26,19 @@ CARD = 0.7  # share of a text card that is plain background behind thin, far bri
 SAME = 2.0  # mean grey levels by which a frame differs from the last one kept at least
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What looking at a film found: its shots, which tile it, without captions; how many frames were decoded, and how
-    many of them can not be trusted; packets that could not be decoded; when the last frame is shown, in seconds; and
-    seconds from the first frame's beginning to the last one's end."""
+def scan_film(
+    film: Film, height: int, detector: str, line: Timeline, on_progress: Callable[[float, str], None]
+) -> Iterator[CuratedShot]:
+    """Give a film's shots, which tile it, each with a keyframe of `height` x `2 * height` pixels, without captions.
 
-    rows: list[CuratedShot]
-    frames: int
-    damaged: int
-    errors: int
-    last_pts_s: float
-    lasts_s: float
-
-
-def scan_film(film: Film, height: int, detector: str, on_progress: Callable[[float, str], None]) -> Scan:
-    """Find a film's picture area, its shots, and a keyframe of each, `height` x `2 * height` pixels.
-
-    `detector` is one of `shots.DETECTORS`; `on_progress` is told the share done, 0 to 1, and what is happening.
-    Raises UserError where not one frame can be decoded.
+    `detector` is one of `shots.DETECTORS`; `line` is filled on the way; `on_progress` is told the share done, 0 to 1,
+    and what is happening. Raises UserError where not one frame can be decoded.
     """
     on_progress(0.0, "looking for borders")
-    picture, line, expected = find_borders(film), Timeline(), film.expected_frames
-    rows, filters = list[CuratedShot](), Filters()
-    for shot in cut_film(film, picture, detector, line, lambda i: on_progress(min(1.0, i / expected), "finding cuts")):
-        rows.append(_row(film, shot, len(rows), picture, height, filters))
-    lasts = float((line.end_pts - line.pts[0]) * film.time_base)
-    return Scan(rows, len(line.pts), sum(line.damaged), line.errors, float(line.pts[-1] * film.time_base), lasts)
+    picture, expected, filters = find_borders(film), film.expected_frames, Filters()
+    shots = cut_film(film, picture, detector, line, lambda i: on_progress(min(1.0, i / expected), "finding cuts"))
+    for number, shot in enumerate(shots):
+        yield _row(film, shot, number, picture, height, filters)
 
 
 def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filters: "Filters") -> CuratedShot:
@@ -90,7 +75,7 @@ class Filters:
         """Score a keyframe. Only the one before it can make it a repetition: a set that returns later is welcome."""
         grey = Image.fromarray(pixels).convert("L")
         whole, small = np.asarray(grey), np.asarray(grey.resize(SMALL, Image.Resampling.BOX), np.float32)
-        low, high = np.percentile(pixels.mean(axis=-1), [5, 95])
+        low, high = np.percentile(whole[::2, ::2], [5, 95])
         differs = 255.0 if self._last is None else float(np.abs(small - self._last).mean())
         tests = (  # the first that fails is the reason: a card is nearly blank
             ("card", card := text_card(whole), CARD, card > CARD, "text card"),

@@ -178,6 +178,7 @@ class PlanesDetector:
     def __init__(self, film: Film, picture: Box):
         self.film, self.picture = film, picture
         self._last: Planes | None = None
+        self._tick = float(film.time_base)
         self._changes: deque[_Change] = deque(maxlen=2 * WINDOW + 1)
         self._now, self._judged = 0, -1  # the last frame seen, and the last whose change was judged
         self._start = 0, 0.0  # frame and second in which the running shot began
@@ -188,7 +189,7 @@ class PlanesDetector:
         self._now = frame.index
         if frame.damaged:
             return []
-        now, time = shrink_planes(frame, self.film, self.picture), float(frame.pts * self.film.time_base)
+        now, time = shrink_planes(frame, self.film, self.picture), frame.pts * self._tick
         if self._last is None:
             self._start = frame.index, time
         elif (amount := change(self._last, now)) > 0:
@@ -236,12 +237,10 @@ class PlanesDetector:
 
 DETECTORS: dict[str, Callable[[Film, Box], PlanesDetector | SceneDetect]] = {
     "planes": PlanesDetector,
-    "content": lambda film, box: SceneDetect(film, box, ContentDetector(min_scene_len=SHORTEST_SHOT)),
-    "adaptive": lambda film, box: SceneDetect(film, box, AdaptiveDetector(min_scene_len=SHORTEST_SHOT)),
+    "content": lambda f, box: SceneDetect(f, box, ContentDetector(min_scene_len=SHORTEST_SHOT)),
+    "adaptive": lambda f, box: SceneDetect(f, box, AdaptiveDetector(min_scene_len=SHORTEST_SHOT)),
     # Hue and saturation are dead in black and white and alike within a set: they only dilute luma. PySceneDetect's
     # "luma" is HSV's value, the largest of R, G and B: a cut from pure blue to pure yellow leaves it as it is.
-    "adaptive-luma": lambda film, box: SceneDetect(
-        film, box, AdaptiveDetector(luma_only=True, min_scene_len=SHORTEST_SHOT)
-    ),
+    "adaptive-luma": lambda f, b: SceneDetect(f, b, AdaptiveDetector(luma_only=True, min_scene_len=SHORTEST_SHOT)),
 }
 DETECTOR = "planes"

@@ -5,8 +5,9 @@ A Parquet file without its done-file is not finished. Both appear whole or not a
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,18 @@ class CuratedFilm:
     shots: list[CuratedShot]
 
 
-def write_film(path: Path, film: CuratedFilm) -> None:
-    """Write a film's shots; the same shots give the same bytes. Raises StoppedError where nothing can be written."""
-    write_rows(path, film.shots, {"film": film.film, "cast": [c.model_dump() for c in film.cast]})
+def write_film(path: Path, film: str, cast: Sequence[Character], shots: Iterable[CuratedShot]) -> None:
+    """Write the shots of a film of that name; the same shots give the same bytes.
+
+    Raises StoppedError where nothing can be written.
+    """
+    write_rows(path, shots, lambda: {"film": film, "cast": [c.model_dump() for c in cast]})
 
 
-def read_film(path: Path) -> CuratedFilm:
-    """Read a Parquet file of curation; UserError if it is missing or is not one of curation's."""
+def read_film(path: Path, images: bool = True) -> CuratedFilm:
+    """Read a Parquet file of curation, without its `images` if so said; UserError if it is missing or none."""
     try:
-        rows, about = read_rows(path)
+        rows, about = read_rows(path, images)
         return CuratedFilm(about["film"], [Character(**c) for c in about["cast"]], rows)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; curate the film first") from None
@@ -85,22 +89,36 @@ def read_film(path: Path) -> CuratedFilm:
         raise UserError(f"{path}: not a curated film, or damaged; curate the film again") from None
 
 
-def write_rows(path: Path, rows: list[CuratedShot], about: dict[str, Any]) -> None:
-    """As `write_film`, with anything of JSON to go with the rows."""
-    about = {"store_version": STORE_VERSION} | about
-    schema = schema_of(CuratedShot).with_metadata({"cinema": json.dumps(about, ensure_ascii=False)})
-    table = pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
+def write_rows(path: Path, rows: Iterable[CuratedShot], about: Callable[[], dict[str, Any]]) -> None:
+    """As `write_film`, row by row; `about`, asked after the last one, gives anything of JSON to go with them."""
+    schema, rows = schema_of(CuratedShot), iter(rows)
     # Nothing is compressed: a JPEG is already, and the rest is small.
-    with writing(path), atomic(path) as part, open(part, "wb") as file:  # a name that is no UTF-8 is none to Arrow
-        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+    with (
+        writing(path),
+        atomic(path) as part,
+        open(part, "wb") as file,  # a name that is no UTF-8 is none to Arrow
+        pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as table,
+    ):
+        while group := list(islice(rows, ROW_GROUP)):
+            table.write_table(pa.Table.from_pylist([vars(row) for row in group], schema=schema))
+        table.add_key_value_metadata(
+            {"cinema": json.dumps({"store_version": STORE_VERSION} | about(), ensure_ascii=False)}
+        )
 
 
-def read_rows(path: Path) -> tuple[list[CuratedShot], dict[str, Any]]:
-    """What `write_rows` wrote; raises one of UNREADABLE if that cannot be read."""
-    with open(path, "rb") as file:
-        table = pq.read_table(file)
-    rows = table.select(schema_of(CuratedShot).names).to_pylist()
-    return [CuratedShot(**row) for row in rows], json.loads(table.schema.metadata[b"cinema"])
+def read_rows(path: Path, images: bool = True) -> tuple[list[CuratedShot], dict[str, Any]]:
+    """What `write_rows` wrote, with `images` or None instead; raises one of UNREADABLE if that cannot be read."""
+    names = [name for name in schema_of(CuratedShot).names if images or name != "image"]
+    with open(path, "rb") as file, pq.ParquetFile(file) as table:
+        rows = table.read(columns=names).select(names).to_pylist()
+        return [CuratedShot(**{"image": None} | row) for row in rows], json.loads(table.metadata.metadata[b"cinema"])
+
+
+def read_images(path: Path) -> Iterator[bytes | None]:
+    """The images of all rows of a Parquet file of curation, in order; few are in memory at once."""
+    with open(path, "rb") as file, pq.ParquetFile(file) as table:
+        for group in range(table.num_row_groups):
+            yield from table.read_row_group(group, columns=["image"])["image"].to_pylist()
 
 
 def story_of(path: Path) -> Story:
@@ -108,7 +126,7 @@ def story_of(path: Path) -> Story:
 
     Tags that captions name without an entry in the cast get one, without description.
     """
-    film = read_film(path)
+    film = read_film(path, images=False)
     if not (told := [s for s in film.shots if s.kept and s.caption]):
         raise UserError(f"{path}: no shot is kept and has a caption; curate the film with an annotator")
     cast = {tag: Character(tag=tag) for s in told for tag in s.tags} | {c.tag: c for c in film.cast}

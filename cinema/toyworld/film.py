@@ -4,7 +4,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from cinema.errors import UserError
 from cinema.files import sweep, write_json
 from cinema.media import FilmWriter
+from cinema.progress import Progress
 from cinema.toyworld.draw import render
 from cinema.toyworld.reader import cut_out
 from cinema.toyworld.world import FPS, FRAMES, Movie, Setup, sample_movie
@@ -22,7 +23,6 @@ from cinema.toyworld.world import FPS, FRAMES, Movie, Setup, sample_movie
 OVERLAP = 4  # frames of a dissolve, and of each half of a fade
 BLACK = 3  # black frames in the middle of a fade, and around title cards
 TRANSITIONS = ("cut", "dissolve", "fade")
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

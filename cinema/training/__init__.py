@@ -5,8 +5,9 @@ from inspect import signature
 from pathlib import Path
 
 from cinema.errors import UserError
+from cinema.progress import Progress
 from cinema.training.config import load_config
-from cinema.training.loop import Progress, Run, Task, run_training
+from cinema.training.loop import Run, Task, run_training
 
 TASKS = {
     "autoencoder": "autoencoder:AutoencoderTask",

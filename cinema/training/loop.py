@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from cinema.errors import UserError
 from cinema.files import atomic, write_json, write_text
+from cinema.progress import Progress
 from cinema.training.config import Stage, TrainConfig
 
-Progress = Callable[[int, int, str], None]
 BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
 
 
