@@ -18,7 +18,7 @@ from cinema.curation.film import Film, FrameReader, planes_of
 BLACK = 30.0  # raw luma up to which a row or column is border; 16 is black in most files
 BRIGHT = 60.0  # mean luma from which a frame says where its border is; dark scenes, fades and cards mislead
 SHINE = 0.25  # a line at most so bright, as a share of the brightest next to it, is lit by it: compression smears edges
-MOST = 30  # key frames looked at, about
+MOST, EVERY = 100, 6.0  # key frames looked at, about, and seconds between two of them, at least
 ENOUGH = 12  # looks that make bars certain: with fewer key frames, what follows them is looked at too
 SPACING = 0.5  # seconds between two looks
 
@@ -40,12 +40,12 @@ def find_borders(film: Film) -> Box:
     of a line beside it; in the film, if it is in more than a tenth of the bright frames. What is not, from an edge
     inwards, is a bar. Opposite bars must agree within 2 % of the side, else the thinner holds for both.
     """
-    every = (film.duration_s or 0.0) / MOST
-    looks = _looks(film, (every, 0.0))
-    free = any(look.mean > BRIGHT for look in looks) and _picture(film, looks) == Box(0, 0, film.width, film.height)
+    every, whole = (film.duration_s or 0.0) / MOST, Box(0, 0, film.width, film.height)
+    looks = _looks(film, (max(EVERY, every), 0.0))
+    free = any(look.mean > BRIGHT for look in looks) and _picture(film, looks) == whole
     if len(looks) < ENOUGH and not free:
         looks = _looks(film, (every, SPACING * ENOUGH / len(looks)) if looks else None)
-    return _picture(film, looks)
+    return _picture(film, looks) if looks else whole
 
 
 class _Look(NamedTuple):
@@ -74,8 +74,6 @@ def _lit(lines: UInt8[np.ndarray, "n pixels"]) -> Bool[np.ndarray, "n"]:
 
 
 def _picture(film: Film, looks: list[_Look]) -> Box:
-    if not looks:
-        return Box(0, 0, film.width, film.height)
     least = min(BRIGHT, float(np.quantile([look.mean for look in looks], 0.9)))  # a dark film has its brightest tenth
     bright = [look for look in looks if look.mean >= least]
     top, bottom = _bars(np.mean([look.rows for look in bright], axis=0) > 0.1)
