@@ -268,6 +268,7 @@ def test_a_film_at_an_address_is_here_only_while_needed_with_what_captions_are_m
         pass
 
 
+@pytest.mark.filterwarnings("ignore")  # ray warns of its own settings
 def test_ray_gives_the_same_bytes(tmp_path):
     pytest.importorskip("ray", reason="ray is an extra: pip install 'cinema[ray]'")
     films = [make_film(tmp_path / f"{name}.mp4", [9, 9]) for name in "ab"]
