@@ -12,7 +12,7 @@ from test_curation import make_film, number_in
 from cinema import bench
 from cinema.cli import main
 from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
-from cinema.curation.frames import Box
+from cinema.curation.frames import Box, find_borders, shot_picture
 from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
 from cinema.curation.scan import Filters, scan_film, sharpness, text_card
 from cinema.curation.shots import ROOM, Keeper, SceneDetect, Timeline, cut_film
@@ -193,6 +193,53 @@ def test_the_keyframe_of_a_long_shot_is_its_middle_to_a_24th(tmp_path):
     for row in rows:
         length = row.end_frame - row.start_frame
         assert abs(number_in(row.image) - (row.start_frame + row.end_frame - 1) / 2) <= length / 24
+
+
+def test_shots_are_given_while_the_film_is_still_decoded(tmp_path):
+    line = Timeline()
+    shots = scan_film(probe(make_film(tmp_path / "a.mp4", [30, 90])), 32, "planes", line, lambda share, message: None)
+    assert next(shots).end_frame == 30 and 30 < len(line.pts) < 60
+
+
+# --- borders ----------------------------------------------------------------------------------------------------
+
+
+def test_glimpses_are_key_frames_and_what_follows_them(tmp_path):
+    film = probe(make_film(tmp_path / "a.mp4", [60]))
+
+    def seen(every: float, span: float) -> list[int]:
+        return [round(f.pts * film.time_base * 24) for f in FrameReader(film, (every, span))]
+
+    keys = [frame.index for frame in FrameReader(film) if frame.image.key_frame]
+    assert len(keys) > 4 and seen(0.0, 0.0) == keys
+    few, two = seen(0.9, 0.0), seen(0.9, 0.1)
+    assert 2 <= len(few) < len(keys) and set(few) < set(keys) and min(np.diff(few)) >= 0.9 * 24 - 2  # two are delayed
+    assert set(few) < set(two) and all(min(i - k for k in few if k <= i) < 6 for i in two)
+
+
+def test_a_film_that_begins_black_has_its_borders_found(tmp_path):
+    bright = np.zeros((96, 160, 3), np.uint8)
+    bright[16:80] = RNG.integers(120, 200, (64, 160, 3))
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"sc_threshold": "0"})
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        for number in range(70):
+            frame = av.VideoFrame.from_ndarray(bright if number >= 30 else 0 * bright, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    film = probe(tmp_path / "a.mp4")
+    assert len(list(FrameReader(film, (0.0, 0.0)))) == 1  # one key frame in all, and it is black
+    assert find_borders(film) == Box(0, 16, 160, 80)
+
+
+def test_a_shot_may_have_bars_of_its_own():
+    film, paper = Film(Path("x"), 160, 96, Fraction(1), Fraction(1, 24), Fraction(24), None), np.full((96, 160, 3), 180)
+    whole, card, night = Box(0, 0, 160, 96), paper.copy(), np.zeros_like(paper)
+    card[:, :40] = card[:, 120:] = 0
+    night[:, 60:] = np.linspace(0, 120, 100)[None, :, None]  # dark at the left, without an edge
+    for pixels, box in ((paper, whole), (card, Box(40, 0, 120, 96)), (night, whole), (0 * paper, whole)):
+        frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24").reformat(format="yuv420p")
+        assert shot_picture(frame, film, whole) == box
 
 
 # --- filters ----------------------------------------------------------------------------------------------------

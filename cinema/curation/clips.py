@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from cinema.curation.film import Film, FrameReader
 from cinema.curation.store import CuratedShot, schema_of, writing
-from cinema.errors import UserError
 from cinema.files import atomic
 
 FOLDER = "clips"
@@ -49,21 +48,6 @@ def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[
     table = pa.Table.from_pylist([vars(clip) for clip in clips], schema=schema_of(Clip))
     with writing(path), atomic(path.with_suffix(".parquet")) as part, open(part, "wb") as file:
         pq.write_table(table, file)
-
-
-def read_clips(out: Path, stem: str) -> list[Clip]:
-    """Where the videos of a film's shots lie, in order; UserError if there are none."""
-    if not (path := out / FOLDER / f"{stem}.parquet").is_file():
-        raise UserError(f"{path}: there is no such table; curate the film with --video")
-    with open(path, "rb") as file:
-        return [Clip(**row) for row in pq.read_table(file).to_pylist()]
-
-
-def read_clip(out: Path, clip: Clip) -> bytes:
-    """The MP4 file of a shot."""
-    with open(out / FOLDER / clip.tar, "rb") as tar:
-        tar.seek(clip.offset)
-        return tar.read(clip.size)
 
 
 def _videos(film: Film, shots: list[CuratedShot], tell: Callable[[float], None]) -> Iterator[tuple[int, bytes]]:

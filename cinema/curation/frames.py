@@ -16,6 +16,7 @@ from PIL import Image
 from cinema.curation.film import Film, FrameReader, planes_of
 
 BLACK = 30.0  # raw luma up to which a row or column is border; 16 is black in most files
+FLAT = 24  # raw luma up to which a shot's own bars are flat black
 BRIGHT = 60.0  # mean luma from which a frame says where its border is; dark scenes, fades and cards mislead
 SHINE = 0.25  # a line at most so bright, as a share of the brightest next to it, is lit by it: compression smears edges
 MOST, EVERY = 100, 6.0  # key frames looked at, about, and seconds between two of them, at least
@@ -88,6 +89,20 @@ def _bars(lit: Bool[np.ndarray, "n"]) -> tuple[int, int]:
         return 0, 0
     first, last = int(where[0]), int(len(lit) - 1 - where[-1])
     return (first, last) if abs(first - last) <= 0.02 * len(lit) else (min(first, last),) * 2
+
+
+def shot_picture(image: av.VideoFrame, film: Film, picture: Box) -> Box:
+    """The picture area of one shot, by a frame of it: cards have bars of their own, flat black to a straight edge."""
+    y = planes_of(image, film)[0][picture.top : picture.bottom, picture.left : picture.right]
+    top, bottom, left, right = (_flat(lines) for lines in (y, y[::-1], y.T, y.T[::-1]))
+    box = Box(picture.left + left, picture.top + top, picture.right - right, picture.bottom - bottom)
+    return box if 4 * (box.right - box.left) * (box.bottom - box.top) >= y.size else picture
+
+
+def _flat(lines: UInt8[np.ndarray, "n pixels"]) -> int:
+    """How many lines from the first on are flat black; none unless the picture then begins on most of their length."""
+    edge = int(np.argmax(lines.max(axis=1) > FLAT))  # 0 also if all are
+    return edge if edge and (lines[min(edge + 2, len(lines) - 1)] > BLACK).mean() > 0.6 else 0
 
 
 def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) -> UInt8[np.ndarray, "h w 3"]:

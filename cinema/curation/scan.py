@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cinema.curation.film import Film
-from cinema.curation.frames import Box, find_borders, keyframe_image, to_jpeg
+from cinema.curation.frames import Box, find_borders, keyframe_image, shot_picture, to_jpeg
 from cinema.curation.shots import CutShot, Timeline, cut_film
 from cinema.curation.store import CuratedShot
 
@@ -46,6 +46,7 @@ def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filt
     image, reason, middle = None, "no frame of it is free of decoding errors", shot.middle
     scores: dict[str, tuple[float, float]] = {"damaged": (shot.damaged / (shot.end - shot.start), 1.0)}
     if middle:
+        picture = shot_picture(middle.image, film, picture)
         pixels = keyframe_image(middle.image, film, picture, height)
         found = filters.judge(pixels)
         image, reason, scores = to_jpeg(pixels), found.reason, scores | found.scores
