@@ -28,7 +28,7 @@ from scenedetect.output import save_images
 from cinema.curation.film import probe
 from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
-from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film
+from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film, unknown_detector
 from cinema.errors import UserError
 from cinema.progress import Progress, quiet
 from cinema.toyworld.film import BLACK, OVERLAP, write_film
@@ -219,7 +219,7 @@ def bench_curate(
     unknown detector, or without a readable film with truth.
     """
     if unknown := [name for name in detectors if name not in DETECTORS]:
-        raise UserError(f"there is no detector {unknown[0]!r}; choose some of {', '.join(DETECTORS)}")
+        raise unknown_detector(unknown[0])
     if folder and not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
     with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:

