@@ -130,6 +130,20 @@ def test_a_flash_is_no_cut(tmp_path):
     assert cuts_of(probe(film)) == []
 
 
+def test_what_moved_before_a_cut_hides_no_cut_soon_after_it(tmp_path):
+    film, pan = tmp_path / "a.mkv", texture(1)
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv444p"
+        for number in range(40):
+            shown = np.roll(pan, 6 * number, axis=2) if number < 20 else texture(2 + number // 23, scale=16) // 4
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(shown), format="yuv444p")
+            frame.pts, frame.time_base = number, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert cuts_of(probe(film)) == [(20, "cut"), (23, "cut")]
+
+
 def test_a_foreign_detector_that_saw_nothing_finds_nothing(tmp_path):
     film = probe(make_film(tmp_path / "a.mp4", [3]))
     assert SceneDetect(film, Box(0, 0, 128, 64), ContentDetector()).finish() == []

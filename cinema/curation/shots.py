@@ -214,7 +214,8 @@ class PlanesDetector:
             known = at_end or len(changes) - i > WINDOW or self._now - one.index >= NEAR
             if one.index > self._judged and known:
                 self._judged = one.index
-                around = [c for c in changes[max(0, i - WINDOW) : i + 1 + WINDOW] if abs(c.index - one.index) <= NEAR]
+                beside, first = changes[max(0, i - WINDOW) : i + 1 + WINDOW], max(self._start[0] + 1, one.index - NEAR)
+                around = [c for c in beside if first <= c.index <= one.index + NEAR]
                 if self._is_cut(one, around):
                     found += self._begin(Turn(one.index, one.time, "cut", one.index))
         return found
@@ -229,9 +230,10 @@ class PlanesDetector:
         return [(turn.index, turn.kind)]
 
     def _is_cut(self, one: _Change, around: list[_Change]) -> bool:
-        """Whether a change is a cut, given it and those near it, in order."""
+        """Whether a change is a cut, given it and those near it in its shot, in order."""
         others = [c.amount for c in around if c is not one]
-        places = min(WINDOW, one.index - 1) + min(WINDOW, self._now - one.index)  # fewer at the ends of the film
+        before, after = one.index - 1 - self._start[0], self._now - one.index
+        places = min(WINDOW, before) + min(WINDOW, after)  # fewer where a shot begins, or the film ends
         usual = (sum(others) - max(others, default=0.0)) / max(1, places - 1)  # leaving out another cut near it
         pairs = (one.before, one.after), (one.before, around[-1].after), (around[0].before, one.after)
         # The last two pairs say that it is no flash.
