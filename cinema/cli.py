@@ -9,10 +9,11 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic_core import to_jsonable_python
@@ -167,6 +168,39 @@ def evaluate(stories: Stories = 20, shots: Shots = 8, preset: Preset = None, see
     _figures(_watch(evaluate_stories, chosen, stories, shots, seed), json)
 
 
+def budget(
+    pairs: Annotated[str, typer.Option(help="Numbers of pairs, such as 4,8,12.")] = "1,8,16,32,48",
+    group: Annotated[
+        int | None, typer.Option(help="Pairs per GoldenMem level; the preset's if not given.", min=1)
+    ] = None,
+    levels: Annotated[int | None, typer.Option(help="GoldenMem levels.", min=1)] = None,
+    ratio: Annotated[float | None, typer.Option(help="Between the sides of neighbouring levels.")] = None,
+    train: Annotated[
+        Literal["no", "full", "lora"], typer.Option(help="A step of training: of all, or of adapters.")
+    ] = "no",
+    recompute: Annotated[bool, typer.Option("--recompute", help="Train with gradient checkpointing.")] = False,
+    causal: Annotated[bool, typer.Option("--causal", help="Pairs see earlier ones only; else all see all.")] = False,
+    rank: Annotated[int, typer.Option(help="Of the adapters.", min=1)] = 16,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Say what a story of so many keyframes costs, whole and with GoldenMem; nothing is loaded."""
+    chosen = config.preset(preset).keyframes
+    given: dict[str, Any] = {"memory_group": group, "memory_levels": levels, "memory_ratio": ratio}
+    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    from cinema.budget import Work, table
+
+    try:
+        counts = [int(count) for count in pairs.split(",")]
+    except ValueError:
+        raise UserError(f"pairs are {pairs!r}; give numbers with commas between them, such as 4,8,12") from None
+    rows = table(chosen, counts, Work(train, recompute, causal, rank))
+    shown = [(r.pairs, f"{r.naive_tokens:,}", f"{r.goldenmem_tokens:,}", f"{r.naive_flops / 1e12:,.4g}") for r in rows]
+    more = [(f"{r.goldenmem_flops / 1e12:,.4g}", f"{r.peak_bytes / 2**30:,.3g}") for r in rows]
+    columns = "pairs", "tokens", "with GoldenMem", "TFLOP", "with GoldenMem", "peak GiB"
+    _table(columns, [a + b for a, b in zip(shown, more, strict=True)], rows, json)
+
+
 def bench_curate(
     folder: Annotated[Path | None, typer.Argument(help="Films with NAME.cuts.csv beside them; else toy films.")] = None,
     detector: Annotated[list[str] | None, typer.Option(help="Compare this one; all if not given.")] = None,
@@ -299,7 +333,7 @@ def _watch(work: Callable[..., Result], *given: Any, **options: Any) -> Result:
 _COMMANDS: dict[Callable[..., None], str] = {  # command -> the module it needs
     write: "cinema.writer", movie: "cinema.movie", plan: "cinema.movie", animate: "cinema.movie",
     curate: "cinema.curation", train: "cinema.training", toyworld: "cinema.toyworld.film",
-    evaluate: "cinema.evaluation", doctor: "cinema.config",
+    evaluate: "cinema.evaluation", budget: "cinema.budget", doctor: "cinema.config",
 }
 # fmt: on
 

@@ -7,6 +7,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from cinema.training.loop import HalfPrecision
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 ATOL = 1e-5  # float32 sums in another order; outputs are of order 1
@@ -175,6 +176,24 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     again = gradients(model, model.forward_pairs(ragged, causal=True, guidance=3.5))
     assert len(calls) == 3 * 2 + 3  # every double block once per group, every single block once
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_gradient_checkpointing_works_in_half_precision() -> None:
+    class Learner(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = tiny.transformer().train()
+
+        def forward(self) -> list[Tensor]:
+            halves = [x.bfloat16() for g in groups() for x in _floats(g)[:3]]
+            pairs = (PairGroup(*halves[3 * i : 3 * i + 3], g.sigma, g.ids, g.index) for i, g in enumerate(groups()))
+            return self.transformer.forward_pairs(list(pairs), causal=True, guidance=3.5)
+
+    learner = Learner()
+    plain = gradients(learner.transformer, HalfPrecision(learner)())
+    learner.transformer.enable_gradient_checkpointing()
+    again = gradients(learner.transformer, HalfPrecision(learner)())
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_lora_takes_effect_and_gradients() -> None:
