@@ -6,6 +6,7 @@ within another's `start` to `end` does not count; whether a fade or dissolve the
 import csv
 import json
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -197,8 +198,15 @@ def _cost(name: str, film: Path) -> dict[str, float]:
     """CPU seconds of this process for a piece of WORK, and its largest memory so far in MiB."""
     began = time.process_time()
     WORK[name](film)
-    seconds, unit = time.process_time() - began, 2**20 if sys.platform == "darwin" else 2**10
-    return {"cpu seconds": seconds, "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    return {"cpu seconds": time.process_time() - began, "peak MiB": _peak_bytes() / 2**20}
+
+
+def _peak_bytes() -> int:
+    """Of this process. Linux's `ru_maxrss` begins with the parent's, so its status file is asked first."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
 def measure(film: Path) -> dict[str, Any]:

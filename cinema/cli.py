@@ -26,10 +26,11 @@ from typer.exceptions import TyperException
 from cinema import config
 from cinema.errors import UserError
 from cinema.files import write_json
-from cinema.story import Story, load_story, read_text, save_story
+from cinema.story import Story, load_cast, load_story, read_text, save_story
 
 Result = TypeVar("Result")
 STORYLINE_SUFFIXES, STORY_SUFFIXES = (".txt", ".md"), (".yaml", ".yml")
+DETECTOR_HELP = "What finds the cuts: planes (if not given), content, adaptive, adaptive-luma, or transnetv2."
 AnnotatorName = StrEnum("AnnotatorName", ["truth", "vision", "local", "none"])
 
 
@@ -103,8 +104,8 @@ def curate(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write into; s3://... and the like work too.")],
     annotator: Annotated[AnnotatorName, typer.Option(help="Who writes captions.")] = AnnotatorName.none,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the local annotator's model.")] = None,
-    cast: Annotated[Path | None, typer.Option(help="A story whose cast captions name, or a folder of them.")] = None,
-    detector: Annotated[str | None, typer.Option(help="What finds the cuts.")] = None,
+    cast: Annotated[Path | None, typer.Option(help="YAML whose `cast` captions may name, or a folder of such.")] = None,
+    detector: Annotated[str | None, typer.Option(help=DETECTOR_HELP)] = None,
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests for captions it may send.", min=0)] = None,
@@ -117,7 +118,7 @@ def curate(
 ) -> None:
     """Turn films into shots, keyframes and captions on disk; what is broken is reported and skipped."""
     chosen = config.preset(preset)
-    people = cast if cast and cast.is_dir() else load_story(cast).cast if cast else []
+    people = cast if cast and cast.is_dir() else load_cast(cast) if cast else []
     from cinema import curation
 
     makers: dict[str, Callable[[], curation.Annotator]] = {
@@ -153,11 +154,20 @@ def train(settings: ConfigFile, out: Folder, resume: Resume = False) -> None:
     _say(f"{out}: trained")
 
 
-def toyworld(out: Folder, films: Films = 1, seed: Seed = 0) -> None:
+def toyworld(
+    out: Folder,
+    films: Films = 1,
+    shots: Shots = 8,
+    transitions: Annotated[bool, typer.Option("--transitions", help="Fades and dissolves beside hard cuts.")] = False,
+    titles: Annotated[bool, typer.Option("--titles", help="Cards at the beginning and at the end.")] = False,
+    letterbox: Annotated[int, typer.Option(help="Height of the bars above and below, in pixels.", min=0)] = 0,
+    seed: Seed = 0,
+) -> None:
     """Write films of the toy world, with their ground truth beside them."""
     from cinema.toyworld.film import write_films
 
-    _say(f"{out}: {_count(_watch(write_films, films, seed, out), 'film')}")
+    options: dict[str, Any] = {"transitions": transitions, "titles": titles, "letterbox": letterbox}
+    _say(f"{out}: {_count(_watch(write_films, films, seed, out, shots=shots, **options), 'film')}")
 
 
 def evaluate(stories: Stories = 20, shots: Shots = 8, preset: Preset = None, seed: Seed = 0, json: Json = None) -> None:
@@ -210,7 +220,17 @@ def bench_curate(
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
     from cinema import bench
 
-    _figures(_watch(bench.bench_curate, folder, detector or (), toy), json)
+    result = _watch(bench.bench_curate, folder, detector or (), toy)
+    speed, found = result["speed"], [(name, t) for name, t in result.items() if isinstance(t, dict) and "f1" in t]
+    rows = [(n, f"{t['f1']:.3f}", t["found"], t["wrong"], t["missed"], t["named"], t["gradual"]) for n, t in found]
+    columns = "detector", "F1 of hard cuts", "found", "wrong", "missed", "fades and dissolves named", "of"
+    _table(columns, rows, result, json)
+    for name, figure in result.items():
+        _say(f"{name}: {figure}", errors=False) if not isinstance(figure, dict) else None
+    costs = [(n, f"{c['cpu seconds']:.2f}", f"{c['peak MiB']:.0f}") for n, c in speed.items() if isinstance(c, dict)]
+    _table(("on the largest film", "CPU seconds", "peak MiB"), costs, result, None)
+    for name, ratio in speed.items():
+        _say(f"{name}: {ratio:.2f}", errors=False) if not isinstance(ratio, dict) else None
 
 
 def doctor(json: Json = None) -> None:

@@ -83,6 +83,10 @@ class Shot(_Model):
         return value
 
 
+class _Bank(BaseModel):
+    cast: list[Character]
+
+
 class Story(_Model):
     """A whole story; see the module's text. Every tag in a caption is in the cast, every shot's set is listed."""
 
@@ -121,6 +125,11 @@ def load_story(path: str | Path) -> Story:
     return parse_story(read_text(Path(path), "a story in YAML"), str(path))
 
 
+def load_cast(path: Path) -> list[Character]:
+    """The `cast` of a YAML file, a story or nothing but a character bank; StoryError as for `load_story`."""
+    return _parse(read_text(path, "a cast in YAML"), str(path), alone=True).cast
+
+
 def read_text(path: Path, wanted: str) -> str:
     """The text of a file that the user names; StoryError if there is none."""
     try:
@@ -132,6 +141,11 @@ def read_text(path: Path, wanted: str) -> str:
 
 def parse_story(text: str, name: str = "story") -> Story:
     """Read a story from YAML text; `name` stands for the file in messages. Raises StoryError as `load_story` does."""
+    return _parse(text, name)
+
+
+def _parse(text: str, name: str, alone: bool = False) -> Any:
+    """A story; a cast may stand `alone`."""
     try:
         node, data = yaml.compose(text, yaml.CSafeLoader), yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
@@ -144,7 +158,7 @@ def parse_story(text: str, name: str = "story") -> Story:
         line, key = twice.start_mark.line + 1, _short(twice.value)
         raise StoryError(f"{name}, line {line}: {key} stands there a second time; keep one of them")
     try:
-        return Story.model_validate(data)
+        return (_Bank if alone and list(data) == ["cast"] else Story).model_validate(data)
     except ValidationError as error:
         raise StoryError(_one_sentence(name, node, error)) from None
 

@@ -15,8 +15,9 @@ def film_strip(
     captions: Sequence[str] | None = None,
     columns: int = 4,
     width: int = 256,
+    numbers: Sequence[int] | None = None,
 ) -> Image.Image:
-    """A sheet of frames, or of the files they are in, each with its number and caption below.
+    """A sheet of frames, or of the files they are in, each with its number (from 1 on, if not given) and caption below.
 
     There are `columns` in a row, `width` pixels wide and all as high as the first one's aspect says. Raises
     ValueError without a picture or with another number of captions.
@@ -24,7 +25,7 @@ def film_strip(
     if not images or (captions is not None and len(captions) != len(images)):
         raise ValueError(f"{len(images)} pictures and {len(captions or [])} captions: give a caption each, or none")
     first = _frame(images[0])
-    height, letters = round(width * first.height / first.width), max(12, width // 6)
+    height, letters = round(width * first.height / first.width), max(12, 10 * width // 64)
     wrapped = [textwrap.wrap(text, letters, initial_indent=" " * 4)[:6] or [""] for text in captions or []]
     columns, rows = min(columns, len(images)), -(-len(images) // columns)
     cell = height + (6 + 14 * max(map(len, wrapped)) if wrapped else 0)
@@ -34,9 +35,11 @@ def film_strip(
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (cell + GAP)
         sheet.paste(_frame(image).resize((width, height), Image.Resampling.LANCZOS), (x, y))
         if wrapped:
-            draw.text((x, y + height + 5), str(i + 1), FAINT, small)
+            draw.text((x, y + height + 5), str(numbers[i] if numbers else i + 1), FAINT, small)
             for j, line in enumerate(wrapped[i]):  # the first line is indented: the number stands before it
-                draw.text((x + (0 if j else 22), y + height + 4 + 14 * j), line.strip(), INK, font)
+                draw.text(
+                    (x + (0 if j else 22), y + height + 4 + 14 * j), line.strip().replace(" ", "  "), INK, font
+                )  # its spaces are thin
     return sheet
 
 

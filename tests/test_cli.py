@@ -203,3 +203,21 @@ def test_a_story_is_written_as_yaml_and_never_over_its_storyline(tmp_path, capsy
     line.write_text("Ada walks through the forest.")
     assert main(["write", str(line), "-o", str(line)]) == 1
     assert "ends in .yaml" in capsys.readouterr().err and line.read_text() == "Ada walks through the forest."
+
+
+def test_toyworld_films_have_what_is_asked_for(tmp_path):
+    more = ["--shots", "3", "--transitions", "--titles", "--letterbox", "16"]
+    assert main(["toyworld", "-o", str(tmp_path), *more]) == 0
+    truth = json.loads((tmp_path / "film-0-00000.json").read_text())
+    assert truth["bars"] == [16, 16] and len(truth["shots"]) == 3
+    assert truth["settings"]["titles"] and truth["settings"]["transitions"]
+
+
+def test_bench_of_curation_is_a_row_per_detector(tmp_path, capsys):
+    given = ["--toy", "1", "--detector", "planes", "--detector", "content", "--json", str(tmp_path / "f.json")]
+    assert main(["bench", "curate", *given]) == 0
+    out, figures = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())
+    assert "planes" in out and "content" in out and "share of the speed of decoding: " in out
+    assert figures["planes"]["found"] + figures["planes"]["missed"] > 0
+    peaks = {name: cost["peak MiB"] for name, cost in figures["speed"].items() if isinstance(cost, dict)}
+    assert len(peaks) == 4 and min(peaks.values()) > 20

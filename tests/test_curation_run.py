@@ -225,7 +225,7 @@ def test_the_report_and_the_card_show_everything_and_escape_it(tmp_path, capsys)
     assert "&lt;script&gt;</b>alert(" in page and '<b class="tag">&lt;ada&gt;</b>' in page and "<rect" in page
     for text in (index, page):
         assert "<script" not in text and not re.findall(r"(?:src|href)=\"(?!data:image/jpeg|[\w%]+\.html)", text)
-        assert page.count("<figure") == 3
+        assert page.count("<figure") == page.count('<img src="data:image/jpeg;base64,') == 3 and "· cut" in page
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: unknown" in card and "3 films" in card and r"\<b\>.mp4" in card and "6 shots" in card
     with pytest.raises(UserError, match="nothing was curated"):

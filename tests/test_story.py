@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinema.story import Character, Place, Shot, Story, StoryError, load_story, parse_story, save_story
+from cinema.story import Character, Place, Shot, Story, StoryError, load_cast, load_story, parse_story, save_story
 
 GOOD = """title: A walk
 cast:
@@ -112,3 +112,14 @@ def test_missing_and_unreadable_files(tmp_path: Path):
     (tmp_path / "picture.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(StoryError, match="not a readable text file"):
         load_story(tmp_path / "picture.yaml")
+
+
+def test_a_cast_may_stand_alone_or_in_a_story(tmp_path: Path) -> None:
+    bank = tmp_path / "bank.yaml"
+    bank.write_text("cast:\n  - {tag: <ada>, description: red coat}\n  - {tag: <bo>}\n")
+    assert [c.tag for c in load_cast(bank)] == ["<ada>", "<bo>"]
+    bank.write_text("title: A walk\ncast: [{tag: <ada>}]\nshots: [{caption: <ada> runs.}]\n")
+    assert load_cast(bank) == load_story(bank).cast
+    bank.write_text("cast: [{tag: ada}]\n")
+    with pytest.raises(StoryError, match=r"line 1: cast.0.tag"):
+        load_cast(bank)

@@ -27,6 +27,12 @@ def test_captions_add_room_below_and_stay_under_their_frame() -> None:
     assert not ink[:, GAP + 200 : 2 * GAP + 200].any() and not ink[-2:].any()  # the gap between, the last rows
 
 
+def test_numbers_are_those_given() -> None:
+    pictures, words = [flat("red")] * 2, ["a", "b"]
+    counted, given = film_strip(pictures, words), film_strip(pictures, words, numbers=[1, 2])
+    assert counted.tobytes() == given.tobytes() != film_strip(pictures, words, numbers=[7, 8]).tobytes()
+
+
 def test_paths_will_do(tmp_path: Path) -> None:
     flat("red").save(tmp_path / "a.png")
     assert film_strip([tmp_path / "a.png"], width=64).tobytes() == film_strip([flat("red")], width=64).tobytes()

@@ -24,7 +24,7 @@ from cinema.chat import AnswerError, Endpoint, Reply, converse, request
 from cinema.curation.journal import Journal
 from cinema.curation.store import CuratedShot, StoppedError
 from cinema.errors import UserError
-from cinema.story import TAG, Character, Story, load_story
+from cinema.story import TAG, Character, Story, load_cast
 
 PROMPT_VERSION = 1
 PROMPT = """You caption one frame of a film for training an image generator. Answer with one JSON object:
@@ -149,7 +149,7 @@ class ModelAnnotator(Annotator):
 
     The character bank leads every prompt, the schema of the reply enumerates its names, and a reply that names
     anybody else or is no valid JSON goes back once with what is wrong. What the model answers is kept in a journal,
-    so nothing is asked twice. `cast` are the characters whom captions may name, or a folder with a story
+    so nothing is asked twice. `cast` are the characters whom captions may name, or a folder with a
     `<film stem>.yaml` for every film that has a cast of its own.
     """
 
@@ -170,7 +170,7 @@ class ModelAnnotator(Annotator):
     def cast(self, film: Path) -> list[Character]:
         """The film's character bank; empty if a folder of banks has none for it."""
         bank = self.bank(film)
-        return load_story(bank).cast if bank and bank.is_file() else self._cast
+        return load_cast(bank) if bank and bank.is_file() else self._cast
 
     def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Caption every shot; one that gets no usable answer is set aside, the reason beginning with one of FAULTS.

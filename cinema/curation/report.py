@@ -6,6 +6,7 @@ from elsewhere.
 
 import base64
 import io
+import json
 import os
 import re
 from bisect import bisect
@@ -80,7 +81,8 @@ def _write_film_page(job: tuple[Path, str, dict[str, Any]], ask: Ask) -> _Summar
     about |= {"shots": film.shots, "cast": film.cast, "pictures": pictures, "named": named}
     _write(out / "report" / f"{stem}.html", "film.html", **about)
     strip = [picture for picture, shot in zip(pictures, film.shots, strict=True) if picture and shot.kept]
-    return _Summary(lasts, reasons, strip[:: max(1, len(strip) // STRIP)][:STRIP])
+    some = min(STRIP, len(strip))
+    return _Summary(lasts, reasons, [strip[i * len(strip) // some] for i in range(some)])
 
 
 def _read_all(out: Path) -> dict[str, dict[str, Any]]:
@@ -120,5 +122,5 @@ def _write(path: Path, template: str, **content: Any) -> None:
     pages = jinja2.Environment(autoescape=jinja2.select_autoescape(), undefined=jinja2.StrictUndefined)
     pages.loader = jinja2.FileSystemLoader(Path(__file__).parent / "pages")
     pages.trim_blocks = pages.keep_trailing_newline = True
-    pages.filters |= {"cell": _cell, "split_at_tags": re.compile(f"({TAG.pattern})").split}
+    pages.filters |= {"cell": _cell, "from_json": json.loads, "split_at_tags": re.compile(f"({TAG.pattern})").split}
     write_text(path, pages.get_template(template).render(**content))
