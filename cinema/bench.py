@@ -29,6 +29,7 @@ from scenedetect.output import save_images
 from cinema.curation.film import probe
 from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
+from cinema.curation.search import SUFFIXES
 from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film, unknown_detector
 from cinema.errors import UserError
 from cinema.progress import Progress, quiet
@@ -83,7 +84,7 @@ def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
         toy = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
         if not isinstance(toy, dict):
             raise TypeError("it holds no JSON object")
-        area = [0, toy["bars"][0], toy["width"], toy["height"] - toy["bars"][1]] if "bars" in toy else []
+        area = [0, toy["bars"][0], int(toy["width"]), toy["height"] - toy["bars"][1]] if "bars" in toy else []
         if not table.is_file():
             return (_toy_events(toy), area) if sidecar.is_file() else None
         source, rows = table, csv.DictReader(table.read_text(encoding="utf-8").splitlines())
@@ -103,14 +104,15 @@ def _toy_events(truth: dict[str, Any]) -> list[Event]:
 
 def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
     """Compare where shots begin and how, the first one left out, with the truth."""
-    free, hard = [at for at, _ in shots], [e for e in events if e.score]
+    free, hard = [at for at, _ in shots], [e for e in events if e.score == 1]
     for event in hard:
         if near := [at for at in free if abs(at - event.frame) <= 1]:
             free.remove(min(near, key=lambda at: abs(at - event.frame)))
     found, spans = len(shots) - len(free), {e: range(e.start - 1, e.end + 2) for e in events}
     wrong = [at for at in free if not any(at in span for span in spans.values())]
     gradual = [e for e in events if e.kind.startswith(("fade", "dissolve"))]
-    named = [e for e in gradual if any(at in spans[e] and e.kind.startswith(kind) for at, kind in shots)]
+    left = [(at, kind) for at, kind in shots if at in free]
+    named = [e for e in gradual if any(at in spans[e] and e.kind.startswith(kind) for at, kind in left)]
     return Tally(found, len(wrong), len(hard) - found, len(named), len(gradual))
 
 
@@ -232,7 +234,7 @@ def bench_curate(
         raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
     with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
         written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
-        media = (p for p in sorted(written) if p.is_file() and p.suffix not in (".csv", ".json"))
+        media = (p for p in sorted(written) if p.is_file() and p.suffix.lower() in SUFFIXES)
         films = [p for p in media if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
         figures = compare(films, detectors or DETECTORS, on_progress)
         return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from cinema.errors import UserError
 
+PICTURE = 1_500  # tokens that a picture is taken to cost where the server does not say
 Answer = TypeVar("Answer")
 Say = Callable[[list[Any], int], "Reply"]  # (messages, 0, or 1 for the second try) -> the model's reply to them
 
@@ -71,15 +72,33 @@ def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answe
 
 
 def request(client: Any, model: str, messages: list[Any], schema: dict[str, Any]) -> Reply:
-    """One request to an `openai.OpenAI`, whose import takes a second, so only those who ask pay for it."""
+    """One request to an `openai.OpenAI`, whose import takes a second, so only those who ask pay for it.
+
+    Tokens are guessed where the server does not say. OpenAIError as its client raises it, and for what is no JSON.
+    """
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     try:
         answer = client.chat.completions.create(model=model, messages=messages, temperature=0, response_format=form)
-    except ValueError:  # the body is no JSON
-        return Reply("")
-    choices = getattr(answer, "choices", None)  # some servers answer 200 with something else
-    tokens = getattr(getattr(answer, "usage", None), "total_tokens", None) or 0
-    if not choices or (message := choices[0].message) is None:
-        return Reply("", tokens=tokens)
-    finish = "content_filter" if getattr(message, "refusal", None) else choices[0].finish_reason or "stop"
-    return Reply(message.content or "", finish, tokens)
+    except UnicodeEncodeError:
+        raise UserError("the server's key holds letters that no key has; correct CINEMA_LLM_API_KEY") from None
+    except ValueError:
+        answer = ""
+    if isinstance(answer, str):  # no JSON: no model said it
+        from openai import OpenAIError
+
+        raise OpenAIError("what answers is no JSON")
+    # Some servers answer 200 with something else: what is not as it should be counts as nothing said.
+    choice = next(iter(choices), None) if isinstance(choices := getattr(answer, "choices", None), list) else None
+    message, told = getattr(choice, "message", None), getattr(answer, "usage", None)
+    content, refused = getattr(message, "content", None), getattr(message, "refusal", None)
+    text, tokens = content if isinstance(content, str) else "", getattr(told, "total_tokens", None)
+    finish = "content_filter" if refused else str(getattr(choice, "finish_reason", None) or "stop")
+    return Reply(text, finish, tokens if isinstance(tokens, int) and tokens > 0 else _guess(messages, text))
+
+
+def _guess(messages: list[Any], answer: str) -> int:
+    """Tokens of a request whose server does not say: one for three letters, PICTURE for each picture."""
+    parts = [part for m in messages for part in (m["content"] if isinstance(m["content"], list) else [m["content"]])]
+    texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
+    pictures = sum(isinstance(part, dict) and "text" not in part for part in parts)
+    return PICTURE * pictures + (len(answer) + sum(map(len, texts))) // 3

@@ -398,7 +398,7 @@ def test_ground_truth_gives_captions_by_greatest_overlap_and_the_film_becomes_a_
 
 def test_a_missed_cut_never_gives_a_picture_the_caption_of_another(tmp_path):
     film = make_film(tmp_path / "a.mp4", [24, 12])
-    write_truth(film, [12, 12, 6])  # one detected shot is two true ones; the last is half of one, and half nothing
+    write_truth(film, [8, 7, 9, 5])  # one detected shot is three true ones; the last is half of one, and half nothing
     curate([film], tmp_path / "out", annotator=GroundTruthAnnotator(), height=64)
     first, second = read_film(tmp_path / "out" / "a.parquet").shots
     assert (first.kept, first.caption) == (False, "") and "a cut was missed" in first.reason
@@ -421,7 +421,7 @@ def test_a_film_without_its_ground_truth_fails_alone(tmp_path, text, words):
 
 def test_the_store_keeps_every_field_and_names_a_wrong_file(tmp_path):
     columns = "shot start_s end_s start_frame end_frame time_base keyframe_s crop_left crop_top crop_right crop_bottom"
-    columns += " image caption tags kept reason transition scores"
+    columns += " image caption tags kept reason transition keyframe_frame scores"
     place = {"start_frame": 0, "end_frame": 9, "time_base": "1/9", "crop_left": 1, "crop_top": 2}
     place |= {"crop_right": 3, "crop_bottom": 4}
     rows = [CuratedShot(i, i / 3, (i + 1) / 3, keyframe_s=None, image=None, kept=False, **place) for i in range(40)]

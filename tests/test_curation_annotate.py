@@ -216,8 +216,9 @@ CUT = {"finish": "length", "message": {"content": '{"caption": "A very'}}
         ({"message": {"content": None, "refusal": "I will not."}}, "BLOCKED", 1),
         ({"status": 400, "code": "content_filter"}, "BLOCKED", 1),
         (CUT, "TRUNCATED", 2),
-        ({"body": b"<html>busy</html>", "headers": {"Content-Type": "text/html"}}, "INVALID", 2),
-        ({"body": b'{"choices": ['}, "INVALID", 2),
+        ({"message": {"content": '{"caption": "  ", "tags": []}'}}, "INVALID", 2),
+        ({"message": {"content": '{"caption": "A \\u0007 rings.", "tags": []}'}}, "INVALID", 2),
+        ({"message": {"content": '{"caption": "<Ada> waits.", "tags": []}'}}, "INVALID", 2),
         ({"body": b'{"choices": null}'}, "INVALID", 2),
     ],
 )
@@ -227,6 +228,21 @@ def test_what_was_answered_is_kept_apart_and_never_asked_again(serve, tmp_path, 
         (caption,) = VisionAnnotator(CAST).caption(Path("a.mp4"), [shot()], desk)
         assert (caption.kept, caption.retry, caption.reason.partition(":")[0]) == (False, False, word)
     assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"body": b"<html>busy</html>", "headers": {"Content-Type": "text/html"}}, {"body": b'{"choices": ['}],
+)
+def test_what_is_no_json_is_no_answer_and_is_not_kept(serve, slept, tmp_path, answer):
+    server, desk = serve([answer, answer, {"message": {"content": GOOD}}]), Desk(tmp_path / "a.jsonl")
+    (caption,) = VisionAnnotator(CAST).caption(Path("a.mp4"), [shot()], desk)
+    assert caption.kept and len(server.asked) == 3
+    server.answers = [answer] * 99
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(StoppedError, match="no vision server answers"):
+        VisionAnnotator(CAST, retries=1).caption(Path("a.mp4"), [shot()], desk)
+    assert not (tmp_path / "a.jsonl").read_text()
 
 
 def test_a_misbehaving_server_costs_nothing_twice_whatever_the_limit_stops(serve, slept, tmp_path):

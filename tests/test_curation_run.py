@@ -284,3 +284,31 @@ def test_a_cluster_without_ray_or_with_a_limit_is_refused(tmp_path, monkeypatch)
         curate([film], tmp_path / "out", **QUIET, ray=True)
     with pytest.raises(UserError, match="a spending limit cannot be kept"):
         curate([film], tmp_path / "out", **QUIET, ray=True, max_tokens=1)
+
+
+def test_what_would_break_a_run_midway_is_said_before_it(tmp_path, capsys):
+    film, long = make_film(tmp_path / "a.mp4", [9]), tmp_path / f"{'m' * 235}.mp4"
+    long.write_bytes(film.read_bytes())
+    assert main(["curate", str(long), "-o", str(tmp_path / "out")]) == 1
+    assert "too long for names made of it; shorten it" in capsys.readouterr().err
+    (tmp_path / "index.mp4").write_bytes(film.read_bytes())
+    assert main(["curate", str(tmp_path / "index.mp4"), "-o", str(tmp_path / "out")]) == 1
+    assert "rename the film" in capsys.readouterr().err
+    assert main(["curate", str(tmp_path), "-o", str(tmp_path)]) == 1
+    assert "no film is looked for in the folder of the results" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert main(["curate", str(film), str(tmp_path / "pipe.mp4"), str(film.absolute()), "-o", str(tmp_path / "o")]) == 3
+    assert len(list((tmp_path / "o").glob("*.parquet"))) == 1
+
+
+def test_a_film_whose_middle_changed_is_curated_again_and_leftovers_go(tmp_path):
+    film, out = make_film(tmp_path / "a.mp4", [40, 40], size=(512, 256)), tmp_path / "out"
+    whole = film.read_bytes()
+    film.write_bytes(whole[: len(whole) // 3] + bytes(len(whole) // 3) + whole[2 * (len(whole) // 3) :])
+    curate([film], out, annotator=NoAnnotator(), height=64)
+    film.write_bytes(whole)
+    assert not curate([film], out, annotator=NoAnnotator(), height=64).films[0].skipped
+    for name in (".a.scan.parquet", ".README.part1.md"):
+        (out / name).write_bytes(b"left by a killed run")
+    assert curate([film], out, annotator=NoAnnotator(), height=64).films[0].skipped
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "a.done.json", "a.parquet"]

@@ -1,4 +1,5 @@
 import json
+import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from test_curation import CLIPS, make_film, number_in
 from cinema import bench
 from cinema.bench import judge, read_truth
 from cinema.cli import main
+from cinema.curation import NoAnnotator, curate_film
 from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
 from cinema.curation.frames import Box, find_borders, shot_picture
 from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
@@ -180,14 +182,15 @@ def test_motion_flicker_and_light_are_no_dissolves():
 
 
 def test_the_keeper_always_has_the_middle_frame_also_when_told_late():
-    film = Film(Path("x"), 2, 2, Fraction(1), Fraction(1, 24), Fraction(24), None)
     image = av.VideoFrame(2, 2, "yuv420p")
-    for length, late in ((9, 2), (40, 2), (300, 30), (5000, 60), (30, 40), (200, 90)):
+    cases = [(24, *case) for case in ((9, 2), (40, 2), (83, 6), (300, 30), (5000, 60), (30, 40), (200, 90))]
+    for rate, length, late in (*cases, (60, 210, 6), (120, 300, 6)):
+        film = Film(Path("x"), 2, 2, Fraction(1), Fraction(1, rate), Fraction(rate), None)
         keeper, first = Keeper(film), 1000
         start = 0
         for index in range(first + length + late):
             keeper.add(Frame(index, index, index + 1, False, image))
-            assert len(keeper.frames) <= ROOM
+            assert len(keeper.frames) <= ROOM * (1 if rate == 24 else 1.6)
             if index in (first + late, first + length + late - 1):  # the film's first shot ends at `first`
                 end = index - late if index == first + late else first + length
                 middle = keeper.cut(end, start, end)
@@ -200,6 +203,48 @@ def test_the_keeper_always_has_the_middle_frame_also_when_told_late():
     middle = keeper.cut(20, 0, 20)
     assert middle and middle.index in (4, 15)
     assert Keeper(film).cut(3, 0, 3) is None
+
+
+@pytest.mark.parametrize("length", [3, 6, 8, 12, 24])
+def test_many_cuts_that_are_told_together_cost_no_keyframe(tmp_path, length):
+    path, lengths = tmp_path / "a.mp4", [length] * (300 // length)
+    film = probe(make_film(path, lengths, size=(64, 32)))
+    ends = set(np.cumsum(lengths).tolist())
+    windows = iter(range(99))
+
+    def network(frames: np.ndarray) -> np.ndarray:  # that knows where shots end
+        first = (WINDOW - 2 * EDGE) * next(windows) - EDGE
+        return np.repeat([[first + i + 1 in ends] for i in range(WINDOW)], 2, axis=1).astype(np.float32)
+
+    judge = TransNet(film, Box(0, 0, 64, 32), network)
+    keeper, start = Keeper(film, judge.pending), 0
+    for frame in FrameReader(film):
+        keeper.add(frame)
+        for end, _ in judge.look(frame):
+            middle = keeper.cut(end, 512 * start, 512 * end)  # ticks a frame
+            assert middle and abs(middle.index + 0.5 - (start + end) / 2) <= max(1.0, length / 24)
+            start = end
+    assert start >= 200
+
+
+def test_a_clock_that_starts_anew_goes_on_and_a_hole_is_named(tmp_path):
+    parts = [make_film(tmp_path / f"{name}.ts", [12, 12]).read_bytes() for name in "ab"]
+    joined_up = tmp_path / "c.ts"
+    joined_up.write_bytes(b"".join(parts))
+    reader = FrameReader(probe(joined_up))
+    frames = list(reader)
+    assert len(frames) == 48 and reader.jumps == 1
+    steps = {b.pts - a.pts for a, b in pairwise(frames)}
+    assert steps == {90_000 // 24}
+    assert (
+        "its clock jumps back 1 times"
+        in curate_film(joined_up, tmp_path / "o", annotator=NoAnnotator(), height=64).reason
+    )
+    ticks = [40 * i for i in range(24)] + [9000 + 40 * i for i in range(24)]
+    hole = curate_film(
+        make_film(tmp_path / "d.mkv", [24, 24], ticks=ticks), tmp_path / "o", annotator=NoAnnotator(), height=64
+    )
+    assert hole.status == "partial" and re.search(r"[78]\.\d s in its midst have no frames", hole.reason)
 
 
 def test_the_keyframe_of_a_long_shot_is_its_middle_to_a_24th(tmp_path):

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class GroundTruthAnnotator(Annotator):
         return self._sidecar(film).story.cast
 
     def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
-        """Give each shot the caption of the true shot it overlaps most, if its middle lies there; else set it aside."""
+        """Give each shot the caption of the true shot it overlaps most; set it aside if its keyframe is of another."""
         true = self._sidecar(film).shots
         return [self._match(shot, true) for shot in shots]
 
@@ -120,7 +121,7 @@ class GroundTruthAnnotator(Annotator):
         best = max(true, key=overlap, default=None)
         if best is None or overlap(best) <= 0:
             return Caption(kept=False, reason="the ground truth has no shot here")
-        if not best.start_frame <= (shot.start_frame + shot.end_frame) // 2 < best.end_frame:
+        if shot.keyframe_frame is not None and not best.start_frame <= shot.keyframe_frame < best.end_frame:
             return Caption(kept=False, reason="a cut was missed: its keyframe is of another true shot")
         return Caption(best.caption, list(dict.fromkeys(TAG.findall(best.caption))))
 
@@ -250,11 +251,12 @@ class VisionAnnotator(ModelAnnotator):
     def _reply(self, messages: list[Any], schema: dict[str, Any], attempt: int) -> Reply | None:
         try:
             return request(self._client, self.model, messages, schema)
-        except openai.APIError as error:
+        except openai.OpenAIError as error:
             status, late = getattr(error, "status_code", None), isinstance(error, openai.APITimeoutError)
-            if error.code in ("content_filter", "content_policy_violation"):
+            code = getattr(error, "code", None)
+            if code in ("content_filter", "content_policy_violation"):
                 return Reply("", "content_filter")
-            refused = status in (401, 402, 403, 404) or error.code == "insufficient_quota"
+            refused = status in (401, 402, 403, 404) or code == "insufficient_quota"
             passes = status is None or status >= 500 or status in (408, 409, 429)
             if passes and not refused and attempt < self._retries:
                 time.sleep(_pause(error, attempt, self._host))
@@ -266,7 +268,7 @@ class VisionAnnotator(ModelAnnotator):
             raise _Unanswered(f"ERROR: the vision server {what}") from None
 
 
-def _pause(error: openai.APIError, attempt: int, host: str) -> float:
+def _pause(error: openai.OpenAIError, attempt: int, host: str) -> float:
     """Seconds until the next attempt: at least what Retry-After says, and "full jitter" on doubling bounds."""
     response, after = getattr(error, "response", None), 0.0
     header = response.headers.get("retry-after", "") if response is not None else ""  # a number or a date
@@ -339,7 +341,9 @@ def _read(reply: Reply, allowed: list[str]) -> Caption:
     except ValidationError as error:
         raise ValueError("it was cut off; be brief" if reply.finish == "length" else _first(error)) from None
     caption = " ".join(answer.caption.split())
-    tags = list(dict.fromkeys(TAG.findall(caption)))
+    if not caption or not caption.isprintable():
+        raise ValueError("the caption is blank or holds control characters")
+    tags = list(dict.fromkeys(re.findall(r"<[^<>]*>", caption)))
     if strangers := [t for t in [*tags, *answer.tags] if t not in allowed]:
         raise ValueError(f"{strangers[0]} is not a tag of the cast")
     if set(tags) != set(answer.tags):

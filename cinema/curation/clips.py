@@ -6,9 +6,11 @@ neighbour. They keep the size of the film, black borders included; the film's ta
 
 import io
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import av
 import pyarrow as pa
@@ -42,21 +44,21 @@ def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[
     with writing(path), atomic(path) as part, tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
         for shot, video in _videos(film, shots, tell):
             entry = tarfile.TarInfo(f"{shot:05}.mp4")  # owner, mode and time are the same for all
-            entry.size = len(video)
-            clips.append(Clip(shot, path.name, tar.offset + tarfile.BLOCKSIZE, len(video)))  # its header is one block
-            tar.addfile(entry, io.BytesIO(video))
+            entry.size = video.seek(0, io.SEEK_END)
+            clips.append(Clip(shot, path.name, tar.offset + tarfile.BLOCKSIZE, entry.size))  # its header is one block
+            video.seek(0)
+            tar.addfile(entry, video)
     table = pa.Table.from_pylist([vars(clip) for clip in clips], schema=schema_of(Clip))
     with writing(path), atomic(path.with_suffix(".parquet")) as part, open(part, "wb") as file:
         pq.write_table(table, file)
 
 
-def _videos(film: Film, shots: list[CuratedShot], tell: Callable[[float], None]) -> Iterator[tuple[int, bytes]]:
-    """(number, MP4 file) of every kept shot; the film is decoded once."""
+def _videos(film: Film, shots: list[CuratedShot], tell: Callable[[float], None]) -> Iterator[tuple[int, IO[bytes]]]:
+    """(number, MP4 file) of every kept shot, in a file without a name; the film is decoded once."""
     wanted, frames = [shot for shot in shots if shot.kept], iter(FrameReader(film))
     for number, shot in enumerate(wanted):
         tell(number / len(wanted))
-        buffer = io.BytesIO()
-        with av.open(buffer, "w", format="mp4") as container:
+        with tempfile.TemporaryFile() as file, av.open(file, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=film.rate, options=ENCODER)
             stream.width, stream.height, stream.pix_fmt = film.width // 2 * 2, film.height // 2 * 2, "yuv420p"
             codec = stream.codec_context
@@ -71,4 +73,5 @@ def _videos(film: Film, shots: list[CuratedShot], tell: Callable[[float], None])
                 if frame.index >= shot.end_frame - 1:
                     break
             container.mux(stream.encode(None))
-        yield shot.shot, buffer.getvalue()
+            container.close()
+            yield shot.shot, file

@@ -74,29 +74,33 @@ class FrameReader:
     """One pass over the frames of a film, surviving what is broken in it.
 
     After a packet that cannot be decoded, or that the container marks as corrupt, every frame up to the next key
-    frame is `damaged`, since it is predicted from what is missing. `errors` counts such packets so far.
+    frame is `damaged`, since it is predicted from what is missing. `errors` counts such packets so far, `jumps` how
+    often the clock jumped back. What a codec decodes to a wrong picture without an error cannot be
+    known.
 
     With `glimpses`, (every, span) in seconds, only key frames at least `every` apart are decoded, and what follows
     each within `span`; the index counts those frames.
     """
 
     def __init__(self, film: Film, glimpses: tuple[float, float] | None = None):
-        self.film, self.errors, self._glimpses = film, 0, glimpses
+        self.film, self.errors, self.jumps, self._glimpses = film, 0, 0, glimpses
         self._bad_since: int | None = None
 
     def __iter__(self) -> Iterator[Frame]:
         """Yield every frame once; PTS strictly increase, also where the file's are missing or repeat."""
         step = max(1, round(1 / (self.film.rate * self.film.time_base)))
-        last = end = None
+        last, end, moved = None, 0, 0  # `moved`: a clock that starts anew in the middle of the film goes on from there
         with _opened(self.film.path) as (container, stream):
             for index, image in enumerate(self._images(container, stream)):
-                pts = image.pts if image.pts is not None else end or 0
+                pts = image.pts + moved if image.pts is not None else end
+                if last is not None and pts < last - 4 * step:
+                    moved, pts, self.jumps = moved + end - pts, end, self.jumps + 1
                 pts = pts if last is None or pts > last else last + 1
                 last, end = pts, pts + (image.duration or step)
                 yield Frame(index, pts, end, self._is_damaged(image), image)
 
     def _images(self, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-        codec = stream.codec_context
+        codec, known = stream.codec_context, -(2**62)  # the last decoding time that a packet said
         for packet in self._packets(container, stream) if self._glimpses is None else self._glimpsed(container, stream):
             try:
                 yield from codec.decode(packet)
@@ -106,7 +110,8 @@ class FrameReader:
             if packet is None:
                 codec.flush_buffers()
             elif bad and self._bad_since is None:
-                self._bad_since = packet.dts if packet.dts is not None else -(2**62)
+                self._bad_since = packet.dts if packet.dts is not None else known
+            known = known if packet is None or packet.dts is None else packet.dts
         with contextlib.suppress(av.FFmpegError):
             yield from stream.codec_context.decode(None)
 
@@ -144,7 +149,8 @@ class FrameReader:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.is_file():
-        what = "is a folder; name the films in it" if path.is_dir() else "there is no such film; correct the path"
+        there = "is a folder; name the films in it" if path.is_dir() else "is no regular file; give a film"
+        what = there if path.exists() else "there is no such film; correct the path"
         raise UserError(f"{path}: {what}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; copy it again")

@@ -28,11 +28,13 @@ from cinema.curation.scan import scan_film
 from cinema.curation.search import lengths
 from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline, unknown_detector
 from cinema.errors import UserError
+from cinema.files import sweep
 from cinema.progress import Progress, quiet
 
+LONGEST = 200  # bytes of a film's name without its ending
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
-MIB = 2**20
+MIB, SAMPLES, SAMPLE = 2**20, 32, 2**14  # bytes and places that tell a film from another
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class _Job:
     def done_file(self) -> Path:
         return self.out / f"{self.film.stem}.done.json"
 
+    @property
+    def looked(self) -> Path:
+        """What the film shows, while its captions are not done."""
+        return self.out / f".{self.film.stem}.scan.parquet"
+
     @cached_property
     def about(self) -> dict[str, Any]:
         """The part of a done-file that says what was asked, and of whom."""
@@ -96,6 +103,7 @@ class _Job:
             return FilmReport(self.film, "failed", reason=done["reason"], skipped=True) if same else None
         if (counts := done["counts"])["pending"] or not (self.out / f"{self.film.stem}.parquet").is_file():
             return None
+        self.looked.unlink(missing_ok=True)  # left by a run that was killed after the last step
         return FilmReport(self.film, done["status"], counts["shots"], counts["kept"], done["reason"], skipped=True)
 
     def failed(self, reason: str, quarantined: bool = False) -> FilmReport:
@@ -150,11 +158,12 @@ def curate(
     folder = mirror(address) if address else Path(out)
     new = partial(_Job, out=folder, annotator=annotator, config=config, address=address)
     jobs = [new(incoming(f), source=f) if is_remote(f) else new(Path(f)) for f in map(str, films)]
-    jobs = list({job.film: job for job in jobs}.values())
+    jobs = list({job.film.absolute(): job for job in jobs}.values())
     _check([job.film for job in jobs], folder, config)
     reports = {job.film: report for job in jobs if (report := job.finished())}
     tally = _Tally([job for job in jobs if job.film not in reports], limits, on_progress)
     reports |= tally.follow(run_on_ray if ray else run_jobs, workers=workers, limit_s=limit_s)
+    sweep(folder, "README")
     write_card(folder)
     if address:
         send(folder, address)
@@ -184,13 +193,12 @@ def shown(name: str) -> str:
 def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> FilmReport:
     """Curate one film. `tell` is told the share done, 0 to 1, and what is happening; `desk` says who pays."""
     film, out, about = job.film, job.out, job.about
-    looked = out / f".{film.stem}.scan.parquet"  # what the film shows, while its captions are not done
+    looked = job.looked
     half = re.compile(rf"\.\.?{re.escape(film.stem)}(\.done|\.scan)?\.part\d+\.\w+")
     for stale in (*out.glob(".*.part*"), *(out / CLIPS).glob(".*.part*")):  # of a run that was killed while writing
         if half.fullmatch(stale.name):
             stale.unlink(missing_ok=True)
     if report := job.finished():
-        looked.unlink(missing_ok=True)
         return report
     facts = probe(film)
     cast = job.annotator.cast(film)  # before the work: it may say that there is none
@@ -304,9 +312,11 @@ def _with_images(rows: list[store.CuratedShot], path: Path) -> Iterator[store.Cu
 
 def _summary(line: Timeline, film: Film) -> dict[str, Any]:
     """How much of a film was seen: frames decoded, those that cannot be trusted, packets that could not be decoded;
-    when the last frame is shown, seconds from the first one's beginning to its end, and how long it should be."""
-    counts = {"frames": len(line.pts), "damaged_frames": sum(line.damaged), "errors": line.errors}
+    when the last frame is shown, seconds from the first one's beginning to its end, those between without a frame,
+    and how long it should be."""
+    counts = {"frames": len(line.pts), "damaged_frames": sum(line.damaged), "errors": line.errors, "jumps": line.jumps}
     ends = {"last_pts_s": line.pts[-1], "lasts_s": line.end_pts - line.pts[0]}
+    ends |= {"missing_s": line.missing}
     times = {name: float(pts * film.time_base) for name, pts in ends.items()} | {"duration_s": film.duration_s}
     return {"counts": counts, "times": times}
 
@@ -318,22 +328,33 @@ def _verdict(counts: dict[str, int], times: dict[str, float], rows: list[store.C
         reasons.append(f"it ends after {lasts:.2f} s of {stated:.2f} s")
     if counts["errors"] or counts["damaged_frames"]:
         reasons.append(f"{counts['errors']} packets and {counts['damaged_frames']} frames are damaged")
+    if times["missing_s"]:
+        reasons.append(f"{times['missing_s']:.1f} s in its midst have no frames")
+    if counts["jumps"]:
+        reasons.append(f"its clock jumps back {counts['jumps']} times; it was taken to go on")
     if counts["pending"]:
         reasons.append(f"{counts['pending']} captions are missing because of the server or the spending limit")
-    counts |= {fault.lower(): sum(row.reason.startswith(f"{fault}: ") for row in rows) for fault in FAULTS}
+    faults = {fault.lower(): sum(row.reason.startswith(f"{fault}: ") for row in rows) for fault in FAULTS}
+    if lost := faults["invalid"] + faults["truncated"]:
+        reasons.append(f"{lost} shots got no usable caption")
+    counts |= faults
     counts |= {"shots": len(rows), "kept": sum(row.kept for row in rows)}
     return {"status": "partial" if reasons else "ok", "reason": "; ".join(reasons), "counts": counts, **times}
 
 
 def _fingerprint(name: str) -> str:
-    """A cheap digest of a file: its size, its first and its last MiB; empty if it cannot be read."""
+    """A cheap digest of a file: its size, its first and last MiB, samples between them; empty if it cannot be read."""
+    if not is_remote(name) and not os.path.isfile(name):  # a pipe would wait for ever
+        return ""
     try:
         with fsspec.open(name, "rb").open() if is_remote(name) else open(name, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            head = file.read(MIB)
-            file.seek(max(0, size - MIB))
-            return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()[:32]
+            digest = hashlib.sha256(b"%d\n" % size)
+            between = ((size * i // SAMPLES, SAMPLE) for i in range(1, SAMPLES))
+            for at, length in ((0, MIB), *between, (size - MIB, MIB)):
+                file.seek(max(0, at))
+                digest.update(file.read(length))
+            return digest.hexdigest()[:32]
     except (OSError, ImportError, ValueError):  # missing, or not to be read: whoever opens it next will say so
         return ""
 
@@ -356,6 +377,12 @@ def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
     for film in films:
         if (other := seen.setdefault(film.stem, film)) is not film:
             raise UserError(f"{other} and {film} would both become {film.stem}.parquet; rename one of them")
+        if len(os.fsencode(film.stem)) > LONGEST:
+            raise UserError(
+                f"{film}: its name is longer than {LONGEST} bytes, too long for names made of it; shorten it"
+            )
+        if f"{film.stem}.html" == "index.html":
+            raise UserError(f"{film}: index.html is the first page of the report; rename the film")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file, not a folder; choose another folder for the results")
     if any(store.read_done(path).get("config", settings) != settings for path in out.glob("*.done.json")):

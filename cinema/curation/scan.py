@@ -54,6 +54,7 @@ def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filt
     return CuratedShot(
         shot=number, start_frame=shot.start, end_frame=shot.end, time_base=str(base), transition=shot.transition,
         start_s=float(shot.start_pts * base), end_s=float(shot.end_pts * base), image=image,
+        keyframe_frame=middle.index if middle else None,
         keyframe_s=float(middle.pts * base) if middle else None, kept=not reason, reason=reason,
         scores=json.dumps(scores), **{f"crop_{side}": at for side, at in vars(picture).items()},
     )  # fmt: skip

@@ -17,7 +17,10 @@ from cinema.errors import UserError
 _ENDINGS = "3gp asf avi divx dv f4v flv m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf ogv rm rmvb ts vob webm wmv y4m"
 SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
 # What opens as a "film" and is none: text drawn as a terminal, raw pixels of no known size, pictures.
-NO_FILMS = frozenset(["adf", "apng", "bin", "gif", "idf", "image2", "rawvideo", "tty", "xbin"])
+NO_FILMS = frozenset(["adf", "apng", "ico", "bin", "gif", "idf", "image2", "rawvideo", "tty", "xbin"])
+
+
+PICTURES = frozenset([".avif", ".heic", ".heif"])  # that open like MP4
 
 
 def find_films(paths: Sequence[Path | str], out: Path | str = "") -> list[Path | str]:
@@ -34,14 +37,16 @@ def find_films(paths: Sequence[Path | str], out: Path | str = "") -> list[Path |
         else:
             found = _films_in(Path(path), hidden) if Path(path).is_dir() else [Path(path)]
         if not found:
-            raise UserError(f"{path}: no film lies in this folder; name a folder with films, or the films")
+            own = hidden and hidden.exists() and hidden.samefile(path)
+            why = "no film is looked for in the folder of the results" if own else "no film lies in this folder"
+            raise UserError(f"{path}: {why}; name a folder with films, or the films")
         films += found
     return list(dict.fromkeys(films))
 
 
 def _films_in(folder: Path, out: Path | None) -> list[Path]:
     once = {path.resolve(): path for path in sorted(_files(folder, out), reverse=True)}  # of links to one, the first
-    files = sorted(once.values())
+    files = sorted(path for path in once.values() if path.suffix.lower() not in PICTURES)
     others = [path for path in files if path.suffix.lower() not in SUFFIXES]
     no_films = {path for path, found in zip(others, lengths(others, strict=True), strict=True) if found is None}
     return [path for path in files if path not in no_films]

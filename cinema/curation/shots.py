@@ -5,6 +5,8 @@ is told every frame once, then to `finish`; it answers, maybe late, with (first 
 "cut", a "dissolve" or a "fade").
 """
 
+import math
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
@@ -21,12 +23,14 @@ from cinema.curation.planes import Gradual, Planes, Turn, change, is_another_pic
 from cinema.curation.transnet import TransNet
 from cinema.errors import UserError
 
-ROOM = 40  # decoded frames held at once: 124 MB at 1080p; 34 would do for a 24th of a shot at 24 frames a second
+ROOM = 44  # decoded frames held at once, PENDING ones among them: 137 MB at 1080p; more of faster films
+PENDING = 4  # a detector may answer so many frames late more than once at a time: all of them are held
 LATENESS_S, LATENESS_FRAMES = 4.0, 100  # how late a detector may answer; a frame older than both is in this shot
 # Seconds, not frames: PySceneDetect's default of 15 frames drops cuts 14 frames apart, and at 8 fps whole shots.
 SHORTEST_SHOT = 0.3
 SHORTEST_FRAMES = 8  # ours: a shot lasts this many frames or SHORTEST_SHOT, whichever is shorter
 LOOK_SIZE = 256  # pixels of the longer side that PySceneDetect sees
+GAP_S = 1.0  # between the end of a frame and the next one: more is a loss
 RATIO = 3.0  # a cut changes the picture so much more than the frames around it do
 WINDOW = 2  # changes on each side that a change is compared with
 NEAR = 6  # frames beyond which they tell nothing, and after which a change is judged by those there are
@@ -47,12 +51,15 @@ class CutShot:
 
 @dataclass
 class Timeline:
-    """What has been seen of a film so far; `end_pts` is when the last frame ends."""
+    """What has been seen of a film so far: frames, when the last one ends, packets that could not be decoded, jumps of
+    the clock, and ticks for which there is no frame."""
 
-    pts: list[int] = field(default_factory=list)
-    damaged: list[bool] = field(default_factory=list)
+    pts: array = field(default_factory=lambda: array("q"))
+    damaged: bytearray = field(default_factory=bytearray)
     end_pts: int = 0
     errors: int = 0
+    jumps: int = 0
+    missing: int = 0
 
 
 def cut_film(
@@ -63,13 +70,16 @@ def cut_film(
     `detector` is one of DETECTORS and sees the `picture` area; `line` is filled on the way; `on_frame` is told the
     index of every frame. Raises UserError where not one frame can be decoded.
     """
-    judge, reader, keeper = DETECTORS[detector](film, picture), FrameReader(film), Keeper(film)
+    judge, reader = DETECTORS[detector](film, picture), FrameReader(film)
+    keeper = Keeper(film, judge.pending)
 
     def boundaries() -> Iterator[tuple[int, str]]:
         for frame in reader:
+            gap = frame.pts - line.end_pts if line.pts else 0
+            line.missing += gap if gap * film.time_base > GAP_S else 0
             line.pts.append(frame.pts)
             line.damaged.append(frame.damaged)
-            line.end_pts, line.errors = frame.end_pts, reader.errors
+            line.end_pts, line.errors, line.jumps = frame.end_pts, reader.errors, reader.jumps
             keeper.add(frame)
             yield from judge.look(frame)
             on_frame(frame.index)
@@ -93,18 +103,22 @@ class Keeper:
     The middle of a running shot moves forward at half the speed of time: what lies before it is let go. A frame `x`
     seconds into the shot becomes the middle one of a shot of `2 x` seconds, so for an error of 1/24 of it, frames
     there may lie `x / 6` seconds apart. A cut that is told late ends the shot in the past: a frame of age `a` may be
-    the middle of the new one, so there `a / 6` is close enough. Without room, the least needed frame goes.
+    the middle of the new one, so there `a / 6` is close enough. Of the last `pending` frames, where several cuts may
+    lie that are told together, each is held. Without room, the least needed frame goes.
     """
 
-    def __init__(self, film: Film):
-        self.frames, self._start = list[Frame](), 0
-        self._late = max(LATENESS_FRAMES / float(film.rate), LATENESS_S) / float(film.time_base)
+    def __init__(self, film: Film, pending: int = PENDING):
+        self.frames, self._start, self._pending = list[Frame](), 0, pending
+        fast = max(0.0, math.log(float(film.rate) / 24))  # a shot of as many seconds has more frames to choose from
+        self._room = ROOM - PENDING + pending + round(14 * fast)
+        self._late, self._latest = LATENESS_S / float(film.time_base), deque[int](maxlen=LATENESS_FRAMES)  # in PTS
 
     def add(self, frame: Frame) -> None:
         """Take in the next frame of the film, unless it is damaged."""
+        self._latest.append(frame.pts)
         if not frame.damaged:
             self.frames.append(frame)
-            if len(self.frames) > ROOM:
+            if len(self.frames) > self._room:
                 self.frames.pop(self._least_needed())
 
     def cut(self, index: int, start_pts: int, end_pts: int) -> Frame | None:
@@ -117,14 +131,16 @@ class Keeper:
     def _least_needed(self) -> int:
         """Which of the frames held, except the last two, can be missed best."""
         now, start, frames = self.frames[-1].pts, self._start, self.frames
-        if frames[1].pts <= (start + max(start, now - self._late)) / 2:
+        late = max(self._late, now - self._latest[0])
+        if frames[1].pts <= (start + max(start, now - late)) / 2:
             return 0  # the middle has passed the frame after it
 
         def spacing(i: int) -> float:  # of the frames beside frame `i`, as a multiple of what is close enough there
             age, into = now - frames[i].pts, frames[i].pts - start
-            return (frames[i + 1].pts - frames[i - 1].pts) / max(1, into if age > self._late else min(age, into))
+            return (frames[i + 1].pts - frames[i - 1].pts) / max(1, into if age > late else min(age, into))
 
-        return min(range(1, len(frames) - 2), key=spacing)
+        old = sum(frame.index < frames[-1].index - self._pending for frame in frames)
+        return min(range(1, max(2, old)), key=spacing)
 
 
 # --- detectors --------------------------------------------------------------------------------------------------
@@ -134,13 +150,15 @@ class SceneDetect:
     """A detector of PySceneDetect, which sees the picture area shrunk to LOOK_SIZE, in BGR."""
 
     def __init__(self, film: Film, picture: Box, judge: SceneDetector):
-        self.film, self.picture, self.judge = film, picture, judge
+        self.film, self.picture, self.judge, self.pending = film, picture, judge, PENDING
         self._index: dict[int, int] = {}  # PTS -> frame: its answers are moments
         self._last: FrameTimecode | None = None
 
     def look(self, frame: Frame) -> list[tuple[int, str]]:
         """Boundaries that this frame makes certain."""
         self._index[frame.pts] = frame.index
+        if len(self._index) > 2 * LATENESS_FRAMES:
+            del self._index[next(iter(self._index))]
         self._last = FrameTimecode(Timecode(pts=frame.pts, time_base=self.film.time_base), fps=self.film.rate)
         return self._boundaries(self.judge.process_frame(self._last, self._bgr(frame)))
 
@@ -179,7 +197,7 @@ class PlanesDetector:
     """
 
     def __init__(self, film: Film, picture: Box):
-        self.film, self.picture = film, picture
+        self.film, self.picture, self.pending = film, picture, PENDING
         self._last: Planes | None = None
         self._tick = float(film.time_base)
         self._changes: deque[_Change] = deque(maxlen=2 * WINDOW + 1)

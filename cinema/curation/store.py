@@ -18,7 +18,7 @@ from cinema.errors import UserError
 from cinema.files import atomic, write_json
 from cinema.story import Character, Shot, Source, Story
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 ROW_GROUP = 32  # rows read together when a shot is fetched by number
 UNREADABLE = (pa.ArrowException, KeyError, TypeError, ValueError, OSError)
 LONGEST = 600.0  # seconds that a Story's shot may last
@@ -49,11 +49,17 @@ class CuratedShot:
     kept: bool = True  # whether to train on it
     reason: str = ""  # why not
     transition: str = "cut"  # how the shot begins: "cut", "dissolve" or "fade"
+    keyframe_frame: int | None = None
     scores: str = "{}"  # JSON object of what the filters measured, name -> [score, threshold]
 
 
 ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
-ARROW |= {list[str]: pa.list_(pa.string()), float | None: pa.float64(), bytes | None: pa.binary()}
+ARROW |= {
+    list[str]: pa.list_(pa.string()),
+    float | None: pa.float64(),
+    int | None: pa.int64(),
+    bytes | None: pa.binary(),
+}
 
 
 def schema_of(kind: Any) -> pa.Schema:

@@ -27,6 +27,7 @@ class TransNet:
 
     def __init__(self, film: Film, picture: Box, network: Network | None = None):
         self.film, self.picture, self._network = film, picture, network or load_network()
+        self.pending = WINDOW - EDGE  # frames that may be judged together
         self._frames: list[UInt8[np.ndarray, "27 48 3"]] = []
         self._seen = self._judged = self._length = 0  # the last: of the transition that goes on
         self._middle: int | None = None  # its last frame that was scored as such

@@ -13,6 +13,7 @@ TASKS = {
     "autoencoder": "autoencoder:AutoencoderTask",
     "clip": "text:ClipTask",
     "t5": "text:T5Task",
+    "retrieval": "retrieval:RetrievalTask",
     "keyframes": "keyframes:KeyframeTask",
     "video": "video:VideoTask",
     "video_autoencoder": "video_autoencoder:VideoAutoencoderTask",
