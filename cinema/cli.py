@@ -110,7 +110,9 @@ def curate(
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests for captions it may send.", min=0)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens for captions it may pay for.", min=0)] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds without progress that a film may take.", min=1)] = 900.0,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds without progress that a film may take.", min=1, max=1e6)
+    ] = 900.0,
     ray: Annotated[bool, typer.Option("--ray", help="Spread films over a Ray cluster.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Also write pages to look through, OUT/report.")] = False,
     preset: Preset = None,

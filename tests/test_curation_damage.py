@@ -1,16 +1,18 @@
-"""Sixty damaged and odd films: every good frame is kept, every loss is named, and a keyframe is never a broken one."""
+"""Sixty damaged and odd films: every good frame is kept, every loss that a decoder notices is named."""
 
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from test_curation import make_film, make_sound
 
 from cinema.curation import NoAnnotator, curate
 from cinema.curation.film import FrameReader, probe
+from cinema.curation.frames import Box, keyframe_image
 from cinema.curation.scan import scan_film
-from cinema.curation.shots import Timeline
+from cinema.curation.shots import Timeline, cut_film
 from cinema.curation.store import CuratedShot
 from cinema.errors import UserError
 
@@ -99,3 +101,33 @@ def test_odd_films_are_curated_and_hopeless_ones_are_named(tmp_path):
     for film in [*good, wrong]:
         expected = 1 if film.name == "1 frame.mkv" else 3
         assert (by_name[film.name].shots, by_name[film.name].status) == (expected, "ok"), film.name
+
+
+@pytest.mark.parametrize(("name", "codec", "most"), [("a.mp4", "libx264", 0.1), ("a.mpg", "mpeg2video", 0.0)])
+def test_keyframes_of_a_damaged_film_are_those_of_the_whole_one(tmp_path, name, codec, most):
+    # A decoder does not notice every flipped bit: H.264 decodes some to a picture that is wrong in part.
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24, options={"g": "24"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 160, 96, "yuv420p", 600_000
+        noise = np.random.default_rng(1).integers(40, 210, (4, 12, 40, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+        for number in range(120):  # four shots, each a slow pan
+            shown = np.ascontiguousarray(noise[number // 30, :, number % 30 : number % 30 + 160])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
+        container.mux(stream.encode(None))
+    film, whole, kept, wrong = probe(path), path.read_bytes(), 0, []
+    clean = {f.pts: keyframe_image(f.image, film, Box(0, 0, 160, 96), 32).astype(int) for f in FrameReader(film)}
+    for seed in range(20):
+        rng, damaged = np.random.default_rng(seed), bytearray(whole)
+        for at in rng.integers(len(whole) // 10, len(whole) * 9 // 10, 5):
+            damaged[at] ^= 1 << int(rng.integers(8))
+        broken = tmp_path / f"{seed}{path.suffix}"
+        broken.write_bytes(damaged)
+        line = Timeline()
+        for shot in cut_film(probe(broken), Box(0, 0, 160, 96), "planes", line):
+            if shot.middle and shot.middle.pts in clean:
+                kept += 1
+                seen = keyframe_image(shot.middle.image, film, Box(0, 0, 160, 96), 32)
+                if np.abs(seen - clean[shot.middle.pts]).mean() > 12:
+                    wrong.append((seed, shot.start))
+    assert kept > 40 and len(wrong) <= most * kept, wrong

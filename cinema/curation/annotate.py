@@ -235,7 +235,12 @@ class VisionAnnotator(ModelAnnotator):
         if missing := [variable for variable in SETTINGS if not os.environ.get(variable)]:
             raise UserError(f"the vision annotator asks a server by address, key and model; set {missing[0]}")
         self._server = Endpoint(*(os.environ[variable] for variable in SETTINGS))
-        self._host = urlsplit(self._server.base_url).hostname or "the vision server"  # an address may hold a password
+        try:  # the host alone: an address may hold a password
+            self._host = urlsplit(self._server.base_url).hostname or "the vision server"
+        except ValueError:
+            raise UserError(
+                "CINEMA_LLM_BASE_URL is no address; set it to one such as http://localhost:8000/v1"
+            ) from None
         super().__init__(self._server.model, cast)
 
     @functools.cached_property

@@ -20,6 +20,10 @@ from jaxtyping import UInt8
 from cinema.errors import UserError
 
 
+# Decoders that go on writing into pictures they have handed out, when what follows is broken: these are copied.
+OVERWRITES = frozenset(["mpeg1video", "mpeg2video"])
+
+
 @dataclass(frozen=True)
 class Film:
     """What a film's header says: pixels of a stored frame, width of a pixel over its height, seconds per PTS tick,
@@ -97,6 +101,8 @@ class FrameReader:
                     moved, pts, self.jumps = moved + end - pts, end, self.jumps + 1
                 pts = pts if last is None or pts > last else last + 1
                 last, end = pts, pts + (image.duration or step)
+                if stream.codec_context.name in OVERWRITES:
+                    image.make_writable()
                 yield Frame(index, pts, end, self._is_damaged(image), image)
 
     def _images(self, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:

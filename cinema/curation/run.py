@@ -96,7 +96,7 @@ class _Job:
     def finished(self) -> FilmReport | None:
         """What an earlier run left of the film, if there is nothing more to do."""
         about, done = self.about, store.read_done(self.done_file)
-        if any(done.get(key) != about[key] for key in ("config", "fingerprint")):
+        if "status" not in done or any(done.get(key) != about[key] for key in ("config", "fingerprint")):
             return None
         if done["status"] == "failed":
             same = done.get("quarantined") and done["versions"] == about["versions"]
