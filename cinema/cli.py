@@ -43,6 +43,9 @@ def _writable(path: Path | None) -> Path | None:
 
 
 Preset = Annotated[str | None, typer.Option(help="toy, small or flux; CINEMA_PRESET if not given, else toy.")]
+Retrieval = Annotated[
+    str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random, oracle.")
+]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
@@ -71,19 +74,25 @@ def write(
 
 
 def movie(
-    story: StoryFile, out: FilmFile, preset: Preset = None, seed: Seed = 0, workdir: Workdir = None, json: Json = None
+    story: StoryFile,
+    out: FilmFile,
+    preset: Preset = None,
+    retrieval: Retrieval = None,
+    seed: Seed = 0,
+    workdir: Workdir = None,
+    json: Json = None,
 ) -> None:
     """Make a film from a story: plan its keyframes, animate its shots, join them."""
-    script, chosen = _story(story), config.preset(preset)
+    script, chosen = _story(story), _remembering(config.preset(preset), retrieval)
     from cinema.movie import make_movie
 
     _figures(_watch(make_movie, script, out, chosen, seed, workdir), json)
     _say(f"{out}: {_count(script.shots, 'shot')}")
 
 
-def plan(story: StoryFile, out: Folder, preset: Preset = None, seed: Seed = 0) -> None:
+def plan(story: StoryFile, out: Folder, preset: Preset = None, retrieval: Retrieval = None, seed: Seed = 0) -> None:
     """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
-    script, chosen = _story(story), config.preset(preset)
+    script, chosen = _story(story), _remembering(config.preset(preset), retrieval)
     from cinema.movie import plan_storyboard
 
     _watch(plan_storyboard, script, out, chosen, seed)
@@ -235,6 +244,37 @@ def bench_curate(
         _say(f"{name}: {ratio:.2f}", errors=False) if not isinstance(ratio, dict) else None
 
 
+def bench_retrieval(
+    stories: Annotated[int, typer.Option(help="Flashback stories.", min=1)] = 200,
+    frames: Annotated[int, typer.Option(help="Frames to search among, for the time.", min=16)] = 300_000,
+    preset: Preset = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Compare who retrieves the frames that matter, on flashbacks of the toy world; measure the time of a search."""
+    from cinema import bench_retrieval as bench
+
+    result = _watch(bench.bench_retrieval, config.preset(preset), stories, seed, frames)
+    depths = list(next(iter(result["coverage"].values())))
+    rows = []
+    for name, told in result["coverage"].items():
+        rows.append([name, *(f"{c['mean']:.3f} ({c['ci95'][0]:.3f} to {c['ci95'][1]:.3f})" for c in told.values())])
+    _table(("coverage@", *depths), rows, result, json)
+    _figures(result["search"], None)
+
+
+def bench_returns(
+    stories: Annotated[int, typer.Option(help="Flashback stories.", min=2)] = 200,
+    preset: Preset = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Compare who is still recognised when a film returns to an early scene, by who chooses what is remembered."""
+    from cinema.evaluation import evaluate_returns
+
+    _figures(_watch(evaluate_returns, config.preset(preset), stories, ("recency", "clip", "t5", "oracle"), seed), json)
+
+
 def doctor(json: Json = None) -> None:
     """Say what this machine can run."""
     _figures({**_machine(), **_weights(), **_services()}, json)
@@ -292,6 +332,10 @@ def _services() -> dict[str, str]:
     model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")  # the address may hold a password: not shown
     endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
     return {"language model": endpoint, "video codecs": f"reads {reads}; writes {writes}"}
+
+
+def _remembering(chosen: config.Preset, retrieval: str | None) -> config.Preset:
+    return replace(chosen, keyframes=replace(chosen.keyframes, retrieval=retrieval)) if retrieval else chosen
 
 
 def _story(path: Path, title: str | None = None, writing: bool = False) -> Story:
@@ -370,7 +414,8 @@ def make_app() -> typer.Typer:
             app.command()(command)
     bench = typer.Typer(help="Measure how good and how fast a part is.")
     bench.command("curate")(bench_curate)
-    bench.callback()(lambda: None)  # with one command only, else the group would be that command
+    bench.command("retrieval")(bench_retrieval)
+    bench.command("returns")(bench_returns)
     app.add_typer(bench, name="bench")
     return app
 

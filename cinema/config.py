@@ -30,6 +30,8 @@ class KeyframeSettings:
     memory_levels: int  #: GoldenMem levels kept
     memory_group: int  #: keyframes per level
     memory_ratio: float  #: between the sides of neighbouring levels; the paper's is the golden ratio
+    retrieval: str  #: who chooses what is remembered, and how large: recency, clip, t5, random or oracle
+    towers: str  #: folder of open_clip towers, or their name and weights, such as ViT-B-32:laion2b_s34b_b79k
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ TOY = Preset(
         steps=16, shift=3.0, guidance=2.0, distilled_guidance=1.0, context_sigma=0.05,
         memory_levels=5, memory_group=4,
         memory_ratio=1.58,  # sides 8, 5, 3, 2, 1; so small a grid rounds the golden ratio to 8, 4, 3, 1, 1
+        retrieval="recency", towers=str(WEIGHTS / "retrieval"),
     ),
     video=VideoSettings(
         weights=str(WEIGHTS / "video"), height=128, width=256, frames=17, fps=8, window=4, text_tokens=28,
@@ -87,6 +90,7 @@ FLUX = Preset(
         text_tokens=128,  # read off Fig. 4
         steps=28, guidance=1.0, distilled_guidance=3.5,  # its guidance is distilled: one pass a step
         memory_levels=6, memory_ratio=PHI,  # sides 25, 15, 9, 5, 3, 2
+        retrieval="clip", towers="ViT-B-32:laion2b_s34b_b79k",
     ),
     video=replace(
         TOY.video, weights="Lightricks/LTX-Video", height=480, width=960,

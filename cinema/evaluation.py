@@ -4,7 +4,7 @@ A look is described at its character's first appearance only: there it must be d
 must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from PIL import Image
 
 from cinema.config import Preset
 from cinema.keyframes import KeyframePlanner, Pictures
-from cinema.progress import Progress
+from cinema.progress import Progress, quiet
 from cinema.story import Story
+from cinema.toyworld.draw import render
 from cinema.toyworld.reader import read_clip, read_keyframe
-from cinema.toyworld.world import Look, parse_caption, sample_movie
+from cinema.toyworld.world import Look, parse_caption, sample_flashback, sample_movie
 
 ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
 LOOK = ATTRIBUTES[:3]
@@ -133,6 +134,38 @@ def evaluate_stories(
     return figures | {"counts": {name: sum(map(len, rows)) for name, rows in judged.items()}}
 
 
+def evaluate_returns(
+    preset: Preset, stories: int, retrievals: Sequence[str], seed: int = 0, on_progress: Progress = quiet
+) -> dict[str, Any]:
+    """Who is still right when a film comes back to an early scene, by who chooses what is remembered.
+
+    Of every held-out flashback the first shot after the return is planned; what comes before is as the toy world draws
+    it. Two GoldenMem levels are remembered, fewer shots than lie between. UserError as for `evaluate_stories`.
+
+    Returns:
+        `identity` by retrieval, `ci95` of it, and `gain ci95`: of how much it is above the first one's, whose stories
+        are the same.
+    """
+    settings, rows, done = replace(preset.keyframes, memory_levels=2), dict[str, list[list[bool]]](), 0
+    for name in retrievals:
+        chosen = replace(preset, keyframes=replace(settings, retrieval=name))
+        planner, rows[name] = KeyframePlanner.from_preset(chosen, "cuda" if torch.cuda.is_available() else "cpu"), []
+        for i in range(stories):
+            movie = sample_flashback(f"heldout/{seed}/{i}")
+            back = len(movie.shots) - len(movie.shots) // 4  # of four scenes, the last
+            known = {j: render(movie, shot, settings.height) for j, shot in enumerate(movie.shots[:back])}
+            story = replace(movie, shots=movie.shots[: back + 1]).story()
+            image = planner.plan(story, seed, None, known)[-1].image
+            rows[name].append(_score(story, [image]).identity)
+            done += 1
+            on_progress(done, stories * len(retrievals), f"{name}, story {i + 1} of {stories}")
+    first = rows[retrievals[0]]
+    figures: dict[str, Any] = {"stories": stories, "seed": seed, "preset": preset.name}
+    figures["identity"] = {name: _share(own) for name, own in rows.items()}
+    figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
+    return figures | {"gain ci95": {name: paired(own, first) for name, own in rows.items() if own is not first}}
+
+
 def other_context(story: Story, other: Story) -> Story:
     """The last shot of a story after all but the last of another's, as if that were what happened before."""
     cast = {c.tag: c for c in [*other.cast, *story.cast]}
@@ -149,6 +182,14 @@ def _score(story: Story, images: Sequence[Image.Image]) -> Scores:
 
 def _share(rows: list[list[bool]]) -> float | None:
     return sum(map(sum, rows)) / count if (count := sum(map(len, rows))) else None
+
+
+def paired(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]], seed: int = 0) -> list[float]:
+    """95 % interval of how much larger the share of True is in `a` than in `b`, whose rows are of the same stories."""
+    counts = np.array([[sum(x), len(x), sum(y), len(y)] for x, y in zip(a, b, strict=True)], float)
+    draws = counts[np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))].sum(1)
+    low, high = np.quantile(draws[:, 0] / draws[:, 1] - draws[:, 2] / draws[:, 3], [0.025, 0.975])
+    return [float(low), float(high)]
 
 
 def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | None:

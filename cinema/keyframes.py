@@ -8,9 +8,8 @@ newest pair alone. Axes: `n` frames, `h w` patches, `s` image tokens, `c` channe
 import hashlib
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,16 @@ from cinema.errors import UserError
 from cinema.flow import OnStep, euler, schedule
 from cinema.goldenmem import PATCH, Layout, coordinates, shrink, tokens
 from cinema.progress import Progress
+from cinema.retrieval import (
+    ClipRetriever,
+    Moment,
+    Oracle,
+    Random,
+    Recency,
+    Retriever,
+    T5Retriever,
+    describe,
+)
 from cinema.story import TAG, Story
 from cinema.transformer import ContextCache, InterleavedFluxTransformer, PairGroup
 
@@ -189,16 +198,23 @@ class KeyframePlanner:
         """
         known, captions, settings = known or {}, rename(story, self.tags), self.settings
         todo = [i for i in range(len(captions)) if i not in known]
-        memory: deque[_Remembered] = deque(maxlen=settings.memory_levels * settings.memory_group - 1)
+        memory, retriever = list[_Remembered](), make_retriever(settings, self.text, str(self.transformer.device), seed)
         for i, caption in enumerate(captions):
+            moment = Moment(
+                story.shots[i].model_copy(update={"caption": caption}), describe(story, story.shots[i].caption)
+            )
             remembered: list[tuple[int, int]] = []
             if i in known:
                 image = ImageOps.fit(known[i].convert("RGB"), (settings.width, settings.height))
             else:
                 before, total = todo.index(i) * settings.steps, len(todo) * settings.steps
                 tell = teller(on_progress, before, total, f"keyframe {i + 1} of {len(captions)}")
-                image, remembered = self._draw(caption, list(memory), seeded(seed, i), tell)
+                order = self._choose(retriever, moment, i)
+                context = {j: memory[j] for j in sorted(order)}  # in the order of time
+                rank = (*(1 + order.index(j) for j in context), 0)  # the new one is the most important
+                image, remembered = self._draw(caption, [*context.values()], rank, seeded(seed, i), tell)
             memory.append(_Remembered(self, i, image, caption))
+            retriever.add(replace(moment, image=image))
             yield Keyframe(i, image, caption, remembered)
 
     def group(
@@ -211,15 +227,27 @@ class KeyframePlanner:
         sigmas, ids = torch.full(latents.shape[:2], sigma, device=device), coordinates(side, self.side).to(device)
         return PairGroup(latents, states, pooled, sigmas, ids, torch.tensor(index))
 
+    def _choose(self, retriever: Retriever, moment: Moment, now: int) -> list[int]:
+        """Which of the earlier shots to remember, the most important first: the newest, and what is retrieved."""
+        room = self.settings.memory_levels * self.settings.memory_group - 1
+        if not now or not room:
+            return []
+        return list(dict.fromkeys([now - 1, *retriever.rank(moment, room)]))[:room]
+
     @torch.no_grad()
     def _draw(
-        self, caption: str, memory: list["_Remembered"], generator: torch.Generator, on_step: OnStep
+        self,
+        caption: str,
+        memory: list["_Remembered"],
+        rank: tuple[int, ...],
+        generator: torch.Generator,
+        on_step: OnStep,
     ) -> tuple[Image.Image, list[tuple[int, int]]]:
         """The next keyframe, and which shot it remembers how large."""
         settings, shape = self.settings, (1, tokens(self.side), self.transformer.config["in_channels"])
         noise = torch.randn(shape, generator=generator).to(self.transformer.device)
         levels = settings.memory_levels, settings.memory_group, settings.memory_ratio
-        layout = Layout(len(memory) + 1, self.side, *levels)
+        layout = Layout(len(memory) + 1, self.side, *levels, rank=rank)
         groups = self._context(memory, layout, generator)
         cache = self.transformer.encode_context(groups, guidance=settings.distilled_guidance) if groups else None
         velocity = self._velocity(caption, len(memory), cache)
@@ -250,6 +278,24 @@ class KeyframePlanner:
             return out[0] if len(texts) == 1 else out[1] + scale * (out[0] - out[1])
 
         return velocity
+
+
+def make_retriever(settings: KeyframeSettings, text: TextEncoders, device: str, seed: int) -> Retriever:
+    """The retriever that the settings name; UserError if there is none, or its towers cannot be loaded."""
+
+    def states(caption: str) -> Float[Tensor, "t e"]:  # of the caption's own tokens
+        return text(caption)[0][: len(text.tokenizer_2(caption).input_ids)]
+
+    makers: dict[str, Callable[[], Retriever]] = {
+        "recency": Recency,
+        "clip": lambda: ClipRetriever(settings.towers, device),
+        "t5": lambda: T5Retriever(states),
+        "random": lambda: Random(seed),
+        "oracle": Oracle,
+    }
+    if settings.retrieval not in makers:
+        raise UserError(f"there is no retrieval {settings.retrieval!r}; choose one of {', '.join(makers)}")
+    return makers[settings.retrieval]()
 
 
 @dataclass

@@ -240,6 +240,8 @@ def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings) 
     durations = [shot.duration for shot in story.shots if "duration" in shot.model_fields_set]
     digest, numbers = _sha256(json.dumps([told, durations], sort_keys=True).encode()), asdict(settings)
     weights = weights_identity(numbers.pop("weights"))
+    if "towers" in numbers:
+        numbers["towers"] = weights_identity(numbers["towers"]) if numbers["retrieval"] == "clip" else ""
     return {"story": digest, "seed": seed, "cinema": version("cinema"), "settings": numbers, "weights": weights}
 
 
@@ -247,9 +249,9 @@ def _manifest(story: Story, keyframes: list[Path], preset: Preset, seed: int) ->
     packages = ("cinema", "torch", "diffusers", "transformers", "pillow", "av")
     settings, package = asdict(preset), WEIGHTS.parent.parent
     weights = {part: settings[part]["weights"] for part in ("keyframes", "video")}
-    for part, path in weights.items():
-        if Path(path).is_absolute() and Path(path).is_relative_to(package):  # told as from the package on
-            settings[part]["weights"] = Path(path).relative_to(package).as_posix()
+    for part, key in (("keyframes", "weights"), ("keyframes", "towers"), ("video", "weights")):
+        if (path := Path(settings[part][key])).is_absolute() and path.is_relative_to(package):  # as from the package on
+            settings[part][key] = path.relative_to(package).as_posix()
     told: dict[str, Any] = {"story": story.model_dump(mode="json", exclude_none=True), "seed": seed, "preset": settings}
     told["weights"] = {part: weights_identity(path) for part, path in weights.items()}
     told["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}

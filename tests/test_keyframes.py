@@ -216,3 +216,25 @@ def test_bfloat16_weights_draw_almost_the_same(folder: Path, planner: KeyframePl
     assert half.transformer.dtype == torch.bfloat16
     a, b = planner.plan(FIVE)[4].image, half.plan(FIVE)[4].image
     assert np.abs(pixels(a) - pixels(b)).mean() < 8  # of 255; 8 bits of mantissa through two networks
+
+
+def test_what_is_retrieved_is_remembered_beside_the_newest_and_keeps_its_place_in_time(folder: Path) -> None:
+    preset = tiny.preset(folder)
+    small = replace(preset.keyframes, memory_levels=2, memory_group=2)
+    film = story("<ada> left.", "<bo> left.", "<bo> right.", "<bo> left.", "<bo> right.", "<ada> right.")
+    remembered = {}
+    for name in ("recency", "oracle", "t5"):
+        chosen = replace(preset, keyframes=replace(small, retrieval=name))
+        remembered[name] = KeyframePlanner.from_preset(chosen).plan(film)[-1].remembered
+    fine, coarse = remembered["recency"][-1][1], remembered["recency"][0][1]
+    assert fine > coarse
+    assert remembered["recency"] == [(2, coarse), (3, coarse), (4, fine)]
+    assert remembered["oracle"] == [(0, coarse), (3, coarse), (4, fine)]  # by rank 4, 0, 3; two at each level
+    assert len(remembered["t5"]) == 3 and remembered["t5"][-1] == (4, fine)
+
+
+def test_an_unknown_retrieval_is_one_sentence(folder: Path) -> None:
+    preset = tiny.preset(folder)
+    wrong = replace(preset, keyframes=replace(preset.keyframes, retrieval="magic"))
+    with pytest.raises(UserError, match="no retrieval 'magic'; choose one of recency, clip, t5, random, oracle"):
+        KeyframePlanner.from_preset(wrong).plan(FIVE)

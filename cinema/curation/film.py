@@ -19,7 +19,6 @@ from jaxtyping import UInt8
 
 from cinema.errors import UserError
 
-
 # Decoders that go on writing into pictures they have handed out, when what follows is broken: these are copied.
 OVERWRITES = frozenset(["mpeg1video", "mpeg2video"])
 

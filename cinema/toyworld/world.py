@@ -181,6 +181,25 @@ def sample_movie(seed: int | str, shots: int, looks: str = "train", returns: boo
     return Movie(f"Toy film {seed}", cast, sets, line)
 
 
+def sample_flashback(seed: int | str, scenes: int = 4, shots: int = 6, looks: str = "train") -> Movie:
+    """A random movie of scenes of so many shots, each with a set and two characters of its own.
+
+    The last scene goes back to an earlier one, not to the one before it. ValueError for too few or too many scenes.
+    """
+    if not 3 <= scenes <= len(PLACES) + 1:
+        raise ValueError(f"{scenes} scenes make no flashback; it takes 3 to {len(PLACES) + 1}")
+    rng = random.Random(f"toyworld/flashback/{seed}")
+    pool = [x for x in all_looks() if looks == "all" or x.held_out == (looks == "unseen")]
+    tags, cast = [f"<{n}>" for n in rng.sample(TOY_NAMES, 2 * (scenes - 1))], dict[str, Look]()
+    for tag in tags:
+        spare = [x for x in pool if x.colour not in {c.colour for c in cast.values()}]
+        cast[tag] = rng.choice(spare or [x for x in pool if x not in cast.values()])
+    sets = {p: sample_set(p, rng) for p in rng.sample(list(PLACES), scenes - 1)}
+    order = [*range(scenes - 1), rng.randrange(scenes - 2)]
+    line = [_sample_setup(list(sets)[i], tags[2 * i : 2 * i + 2], rng) for i in order for _ in range(shots)]
+    return Movie(f"Flashback {seed}", cast, sets, line)
+
+
 def _sample_setup(place: str, tags: list[str], rng: random.Random) -> Setup:
     count = min(len(tags), rng.choices((1, 2, 3), (0.56, 0.36, 0.08))[0])
     size = rng.choice({1: ("wide", "medium", "close"), 2: ("wide", "medium"), 3: ("wide",)}[count])
