@@ -44,7 +44,7 @@ def _writable(path: Path | None) -> Path | None:
 
 Preset = Annotated[str | None, typer.Option(help="toy, small or flux; CINEMA_PRESET if not given, else toy.")]
 Retrieval = Annotated[
-    str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random, oracle.")
+    str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
 ]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable)]
