@@ -46,6 +46,7 @@ Preset = Annotated[str | None, typer.Option(help="toy, small or flux; CINEMA_PRE
 Retrieval = Annotated[
     str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
 ]
+Pairs = Annotated[str, typer.Option(help="Numbers of pairs, such as 4,8,12.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
@@ -190,7 +191,7 @@ def evaluate(stories: Stories = 20, shots: Shots = 8, preset: Preset = None, see
 
 
 def budget(
-    pairs: Annotated[str, typer.Option(help="Numbers of pairs, such as 4,8,12.")] = "1,8,16,32,48",
+    pairs: Pairs = "1,8,16,32,48",
     group: Annotated[
         int | None, typer.Option(help="Pairs per GoldenMem level; the preset's if not given.", min=1)
     ] = None,
@@ -211,11 +212,7 @@ def budget(
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     from cinema.budget import Work, table
 
-    try:
-        counts = [int(count) for count in pairs.split(",")]
-    except ValueError:
-        raise UserError(f"pairs are {pairs!r}; give numbers with commas between them, such as 4,8,12") from None
-    rows = table(chosen, counts, Work(train, recompute, causal, rank))
+    rows = table(chosen, _numbers(pairs), Work(train, recompute, causal, rank))
     shown = [(r.pairs, f"{r.naive_tokens:,}", f"{r.goldenmem_tokens:,}", f"{r.naive_flops / 1e12:,.4g}") for r in rows]
     more = [(f"{r.goldenmem_flops / 1e12:,.4g}", f"{r.peak_bytes / 2**30:,.3g}") for r in rows]
     columns = "pairs", "tokens", "with GoldenMem", "TFLOP", "with GoldenMem", "peak GiB"
@@ -275,6 +272,21 @@ def bench_returns(
     _figures(_watch(evaluate_returns, config.preset(preset), stories, ("recency", "clip", "t5", "oracle"), seed), json)
 
 
+def bench_planner(
+    pairs: Pairs = "8,32,48",
+    width: Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)] = 768,
+    double: Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)] = 4,
+    single: Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)] = 8,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Compare what the next keyframe costs with GoldenMem and a cache, and with all of the past in every step."""
+    from cinema import bench_planner as bench
+
+    chosen = config.preset(preset).keyframes
+    _figures(_watch(bench.bench_planner, chosen, _numbers(pairs), width, double, single), json)
+
+
 def doctor(json: Json = None) -> None:
     """Say what this machine can run."""
     _figures({**_machine(), **_weights(), **_services()}, json)
@@ -332,6 +344,13 @@ def _services() -> dict[str, str]:
     model = os.environ.get("CINEMA_LLM_MODEL", "no CINEMA_LLM_MODEL")  # the address may hold a password: not shown
     endpoint = f"set ({model})" if os.environ.get("CINEMA_LLM_BASE_URL") else "not set; stories are read by rules"
     return {"language model": endpoint, "video codecs": f"reads {reads}; writes {writes}"}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"pairs are {text!r}; give numbers with commas between them, such as 4,8,12") from None
 
 
 def _remembering(chosen: config.Preset, retrieval: str | None) -> config.Preset:
@@ -416,6 +435,7 @@ def make_app() -> typer.Typer:
     bench.command("curate")(bench_curate)
     bench.command("retrieval")(bench_retrieval)
     bench.command("returns")(bench_returns)
+    bench.command("planner")(bench_planner)
     app.add_typer(bench, name="bench")
     return app
 

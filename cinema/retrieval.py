@@ -131,7 +131,7 @@ class Index:
         try:
             vectors = load_file(path)["vectors"]
             index = cls(vectors.shape[1])
-            index.add(vectors)
+            index._vectors, index._count = vectors.half(), len(vectors)
         except (
             Exception
         ) as error:  # safetensors has errors of its own, for a file that is missing, cut off, or no index
