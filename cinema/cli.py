@@ -91,12 +91,19 @@ def movie(
     _say(f"{out}: {_count(script.shots, 'shot')}")
 
 
-def plan(story: StoryFile, out: Folder, preset: Preset = None, retrieval: Retrieval = None, seed: Seed = 0) -> None:
+def plan(
+    story: StoryFile,
+    out: Folder,
+    preset: Preset = None,
+    retrieval: Retrieval = None,
+    edit: Annotated[bool, typer.Option("--edit", help="The story was edited: plan again what depends on it.")] = False,
+    seed: Seed = 0,
+) -> None:
     """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
     script, chosen = _story(story), _remembering(config.preset(preset), retrieval)
     from cinema.movie import plan_storyboard
 
-    _watch(plan_storyboard, script, out, chosen, seed)
+    _watch(plan_storyboard, script, out, chosen, seed, edited=edit)
     _say(f"{out}: {_count(script.shots, 'keyframe')}")
 
 

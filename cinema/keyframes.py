@@ -6,10 +6,11 @@ newest pair alone. Axes: `n` frames, `h w` patches, `s` image tokens, `c` channe
 """
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Keyframe:
     image: Image.Image  #: RGB, as large as the preset says
     caption: str  #: as the model read it, with the story's tags replaced by tags that the model knows
     remembered: list[tuple[int, int]]  #: (shot, side of its level in patches) of the context, in the order of time
+    recipe: str = ""  #: digest of what it depends on but the weights; empty if it was known
 
 
 @dataclass
@@ -188,13 +190,19 @@ class KeyframePlanner:
         return list(self.iterate(story, seed, on_progress, known))
 
     def iterate(
-        self, story: Story, seed: int = 0, on_progress: Progress | None = None, known: Pictures | None = None
+        self,
+        story: Story,
+        seed: int = 0,
+        on_progress: Progress | None = None,
+        known: Pictures | None = None,
+        keep: Callable[[int, str], Image.Image | None] | None = None,
     ) -> Iterator[Keyframe]:
         """Yield keyframes in the order of the story, each as soon as it is drawn.
 
         A keyframe depends on its caption, the keyframes it remembers and noise seeded by (seed, shot), so a
         run that goes on from `known` ends like one that never stopped, and one shot can be drawn anew alone.
-        `known` keyframes, by shot, are cropped to size and remembered, not drawn. UserError as for `rename`.
+        `known` keyframes, by shot, are cropped to size and remembered, not drawn. `keep` is asked for each of the
+        others, by shot and recipe, whether there is a picture already. UserError as for `rename`.
         """
         known, captions, settings = known or {}, rename(story, self.tags), self.settings
         todo = [i for i in range(len(captions)) if i not in known]
@@ -203,19 +211,23 @@ class KeyframePlanner:
             moment = Moment(
                 story.shots[i].model_copy(update={"caption": caption}), describe(story, story.shots[i].caption)
             )
-            remembered: list[tuple[int, int]] = []
+            remembered, recipe = list[tuple[int, int]](), ""
             if i in known:
                 image = ImageOps.fit(known[i].convert("RGB"), (settings.width, settings.height))
             else:
+                order = self._choose(retriever, moment, i)
+                context = [memory[j] for j in sorted(order)]  # in the order of time
+                layout = self._layout([order.index(old.shot) for old in context])
+                remembered = [(old.shot, side) for old, side in zip(context, layout.sides, strict=False)]
+                recipe = self._recipe(seed, i, caption, context, remembered)
                 before, total = todo.index(i) * settings.steps, len(todo) * settings.steps
                 tell = teller(on_progress, before, total, f"keyframe {i + 1} of {len(captions)}")
-                order = self._choose(retriever, moment, i)
-                context = {j: memory[j] for j in sorted(order)}  # in the order of time
-                rank = (*(1 + order.index(j) for j in context), 0)  # the new one is the most important
-                image, remembered = self._draw(caption, [*context.values()], rank, seeded(seed, i), tell)
+                kept = keep(i, recipe) if keep else None
+                image = kept or self._draw(caption, context, layout, seeded(seed, i), tell)
+                image = ImageOps.fit(image.convert("RGB"), (settings.width, settings.height))
             memory.append(_Remembered(self, i, image, caption))
             retriever.add(replace(moment, image=image))
-            yield Keyframe(i, image, caption, remembered)
+            yield Keyframe(i, image, caption, remembered, recipe)
 
     def group(
         self, latents: Float[Tensor, "b p s c"], texts: list[Encoded], sigma: float, side: int, index: list[int]
@@ -234,26 +246,40 @@ class KeyframePlanner:
             return []
         return list(dict.fromkeys([now - 1, *retriever.rank(moment, room)]))[:room]
 
+    def _layout(self, order: Sequence[int]) -> Layout:
+        """Of the remembered, which are of this order of importance, and the next one, which comes before them all."""
+        settings = self.settings
+        levels = settings.memory_levels, settings.memory_group, settings.memory_ratio
+        return Layout(len(order) + 1, self.side, *levels, rank=(*(1 + place for place in order), 0))
+
+    def _recipe(
+        self, seed: int, shot: int, caption: str, context: list["_Remembered"], remembered: list[tuple[int, int]]
+    ) -> str:
+        """A digest of all that a keyframe depends on but the weights: where it is equal, so is the picture."""
+        numbers = {key: value for key, value in asdict(self.settings).items() if key not in ("weights", "towers")}
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([numbers, seed, shot, caption, remembered, [old.caption for old in context]]).encode())
+        for old in context:
+            digest.update(old.image.tobytes())
+        return digest.hexdigest()
+
     @torch.no_grad()
     def _draw(
         self,
         caption: str,
         memory: list["_Remembered"],
-        rank: tuple[int, ...],
+        layout: Layout,
         generator: torch.Generator,
         on_step: OnStep,
-    ) -> tuple[Image.Image, list[tuple[int, int]]]:
-        """The next keyframe, and which shot it remembers how large."""
+    ) -> Image.Image:
+        """The next keyframe."""
         settings, shape = self.settings, (1, tokens(self.side), self.transformer.config["in_channels"])
         noise = torch.randn(shape, generator=generator).to(self.transformer.device)
-        levels = settings.memory_levels, settings.memory_group, settings.memory_ratio
-        layout = Layout(len(memory) + 1, self.side, *levels, rank=rank)
         groups = self._context(memory, layout, generator)
         cache = self.transformer.encode_context(groups, guidance=settings.distilled_guidance) if groups else None
         velocity = self._velocity(caption, len(memory), cache)
         drawn = euler(velocity, noise, schedule(settings.steps, settings.shift), on_step)
-        sides = [(old.shot, side) for old, side in zip(memory, layout.sides, strict=False)]
-        return to_image(decode_tokens(self.vae, drawn, self.side)), sides
+        return to_image(decode_tokens(self.vae, drawn, self.side))
 
     def _context(self, memory: list["_Remembered"], layout: Layout, generator: torch.Generator) -> list[PairGroup]:
         """Noisy context for the next keyframe, a group per level."""

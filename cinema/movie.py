@@ -8,7 +8,7 @@ import glob
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
 from cinema.viz import film_strip
 
-_TOLD = ("caption", "remembered")  # what a keyframe's file says of it
+_TOLD = ("caption", "remembered", "recipe")  # what a keyframe's file says of it
 
 
 @dataclass(frozen=True)
@@ -75,27 +75,42 @@ def make_movie(
 
 
 def plan_storyboard(
-    story: Story, out_dir: Path, preset: Preset, seed: int = 0, on_progress: Progress | None = None
+    story: Story,
+    out_dir: Path,
+    preset: Preset,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    edited: bool = False,
 ) -> Storyboard:
     """Plan a story's keyframes into a folder: pictures, `story.yaml` that names them, a contact sheet, a manifest.
 
-    UserError as for `make_movie`.
+    If the story was `edited` since, what does not depend on the edit is kept: of what it was drawn, and from what, is
+    in every picture's file. Pictures that were put there by hand stay. UserError as for `make_movie`.
     """
     rename(story, preset.tags)  # fails early where the cast is too large
     script, picture, manifest = (out_dir / name for name in ("story.yaml", "storyboard.png", "manifest.json"))
     paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
     places = [script, out_dir / "keyframes", picture, manifest]
-    with _work(out_dir / "plan.job.json", _facts(story, seed, preset.keyframes), places, out_dir):
-        known = {i: image for i, path in enumerate(paths) if (image := _read(path))}
-        if len(known) < len(paths):
-            planner = KeyframePlanner.from_preset(preset, _device())
-            for keyframe in planner.iterate(story, seed, on_progress, known):
-                if keyframe.index not in known:
+    job, facts = out_dir / "plan.job.json", _facts(story, seed, preset.keyframes)
+    same = job.is_file() and not _differing(job, facts)
+    with _work(job, facts, places, out_dir, {"story"} if edited else set()):
+        if not same or not all(_read(path) for path in paths):
+            planner, kept = KeyframePlanner.from_preset(preset, _device()), set[int]()
+
+            def keep(shot: int, recipe: str) -> Image.Image | None:
+                image = _read(paths[shot], recipe)
+                kept.update([shot] if image else [])
+                return image
+
+            for keyframe in planner.iterate(story, seed, on_progress, None, keep):
+                if keyframe.index not in kept:
                     text = PngInfo()
                     for key in _TOLD:
                         text.add_itxt(key, json.dumps(getattr(keyframe, key)))
                     with atomic(paths[keyframe.index]) as part:
                         keyframe.image.save(part, pnginfo=text)
+        for path in set((out_dir / "keyframes").glob("*.png")) - set(paths):  # of shots that the story had before
+            path.unlink() if _recipe(path) else None
         told = story.model_copy(deep=True)
         for shot, path in zip(told.shots, paths, strict=True):
             shot.keyframe = path.relative_to(out_dir).as_posix()
@@ -200,10 +215,13 @@ def _check(story: Story, out: Path, preset: Preset) -> None:
 
 
 @contextmanager
-def _work(job: Path, facts: dict[str, Any], places: list[Path], goal: Path) -> Iterator[None]:
+def _work(
+    job: Path, facts: dict[str, Any], places: list[Path], goal: Path, free: Collection[str] = ()
+) -> Iterator[None]:
     """A piece of work in a folder, begun or gone on with; given back if it fails before anything is there.
 
-    UserError if the folder holds other work, or files in those places that are not ours, or the disk refuses.
+    Facts that are `free` may have changed since. UserError if the folder holds other work, or files in those places
+    that are not ours, or the disk refuses.
     """
     folder, new, cure = job.parent, not job.exists(), "choose another folder or remove it"
     try:
@@ -212,7 +230,9 @@ def _work(job: Path, facts: dict[str, Any], places: list[Path], goal: Path) -> I
                 raise UserError(f"{folder} already has {taken[0]}, not of this work; {cure}")
             write_json(job, facts)
         elif other := _differing(job, facts):
-            raise UserError(f"{folder} holds work of another film (its {' and '.join(other)} differ); {cure}")
+            if not set(other) <= set(free):
+                raise UserError(f"{folder} holds work of another film (its {' and '.join(other)} differ); {cure}")
+            write_json(job, facts)
         for place in (folder, *places):
             sweep(place)
         yield
@@ -279,7 +299,17 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read(path: Path) -> Image.Image | None:
+def _recipe(path: Path) -> str:
+    """Of what a picture says that it was made; empty if it is no picture, or of somebody else."""
+    with suppress(OSError, Image.DecompressionBombError, ValueError), Image.open(path) as image:
+        return json.loads(image.info.get("recipe", '""'))
+    return ""
+
+
+def _read(path: Path, recipe: str = "") -> Image.Image | None:
+    """A picture; None if there is none, or it was made by another recipe than this."""
+    if recipe and _recipe(path) not in ("", recipe):
+        return None
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

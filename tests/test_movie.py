@@ -234,3 +234,36 @@ def test_weights_are_told_apart_by_what_they_are(preset: Preset, tmp_path: Path)
     settings = copy / "tokenizer" / "tokenizer_config.json"  # another tokenizer draws other pictures
     settings.write_text(settings.read_text() + " ")
     assert weights_identity(str(copy)) != weights_identity(str(video))
+
+
+def test_after_an_edit_only_what_depends_on_it_is_planned_again(preset: Preset, tmp_path: Path, monkeypatch) -> None:
+    drawn, draw = [], cinema.movie.KeyframePlanner._draw
+
+    def watched(self, caption, *rest):
+        drawn.append(caption)
+        return draw(self, caption, *rest)
+
+    monkeypatch.setattr(cinema.movie.KeyframePlanner, "_draw", watched)
+    edited = story([CAPTIONS[0], CAPTIONS[2], CAPTIONS[1]])
+    plan_storyboard(story(), tmp_path / "board", preset, seed=5)
+    assert drawn == CAPTIONS[:3]
+    with pytest.raises(UserError, match="its story differ"):
+        plan_storyboard(edited, tmp_path / "board", preset, seed=5)
+    drawn.clear()
+    again = plan_storyboard(edited, tmp_path / "board", preset, seed=5, edited=True)
+    assert drawn == [CAPTIONS[2], CAPTIONS[1]]
+    fresh = plan_storyboard(edited, tmp_path / "fresh", preset, seed=5)
+    assert [p.read_bytes() for p in again.keyframes] == [p.read_bytes() for p in fresh.keyframes]
+    assert again.manifest.read_bytes() == fresh.manifest.read_bytes()
+    drawn.clear()
+    plan_storyboard(edited, tmp_path / "board", preset, seed=5, edited=True)
+    assert drawn == []
+    short = plan_storyboard(story(CAPTIONS[:1]), tmp_path / "board", preset, seed=5, edited=True)
+    assert drawn == [] and [p.name for p in (short.folder / "keyframes").iterdir()] == ["000.png"]
+    Image.new("RGB", (300, 100), "red").save(short.keyframes[0])  # by hand: it stays, and is remembered
+    plan_storyboard(story(CAPTIONS[:2]), tmp_path / "board", preset, seed=5, edited=True)
+    assert drawn == [CAPTIONS[1]]
+    with Image.open(short.keyframes[0]) as mine:
+        assert mine.size == (300, 100)
+    with pytest.raises(UserError, match="its seed differ"):
+        plan_storyboard(story(CAPTIONS[:2]), tmp_path / "board", preset, seed=6, edited=True)
