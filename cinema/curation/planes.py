@@ -22,6 +22,7 @@ STRAIGHT = 0.3  # halfway, a pixel may be so far from the mean of its ends, as a
 JUMP = 0.5  # no step of a pixel may be a larger share of its change
 BACK = 0.15  # and none a larger share backwards
 SHARE = 0.4  # of all change, so much must be of pixels like that
+MARGIN = 0.1  # by a ninth of the pixels that share is known to within so much
 HOLD = 0.09  # half of them change by no larger a share within half a window before, and after
 
 Planes = UInt8[np.ndarray, "c h w"]
@@ -102,8 +103,11 @@ class Gradual:
         last = len(self._steps) - 1 - length // 2
         first = last - length
         window = [planes for _, _, planes in self._steps[first : last + 1]]
-        old, new = window[0], window[-1]
-        if change(old, new) < FLOOR or not _is_straight(old, window[length // 2], new, (length // 2) / length):
+        old, middle, new, alpha = window[0], window[length // 2], window[-1], (length // 2) / length
+        few = old[:, ::3, ::3], middle[:, ::3, ::3], new[:, ::3, ::3]
+        if change(old, new) < FLOOR or not _is_straight(*few, alpha, SHARE - MARGIN):
+            return None
+        if not _is_straight(old, middle, new, alpha, SHARE):
             return None
         if _is_flat(new) or not is_another_picture(old, new):  # it fades out: the shot lasts until black ends
             return None
@@ -119,11 +123,11 @@ class Gradual:
         return Turn(index, time, "fade" if fades else "dissolve", self._steps[last][0])
 
 
-def _is_straight(old: Planes, middle: Planes, new: Planes, alpha: float) -> bool:
+def _is_straight(old: Planes, middle: Planes, new: Planes, alpha: float, share: float) -> bool:
     """Whether enough of the picture is between its ends where it should be: cheap, and mostly it is not."""
     whole = new.astype(np.int16) - old
     off, size = np.abs(middle.astype(np.int16) - old - alpha * whole), np.abs(whole)
-    return bool((size * (off <= STRAIGHT * size)).sum() >= SHARE * size.sum())
+    return bool((size * (off <= STRAIGHT * size)).sum() >= share * size.sum())
 
 
 def _gradual_pixels(frames: Int16[np.ndarray, "t c h w"]) -> Bool[np.ndarray, "c h w"]:
