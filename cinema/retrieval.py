@@ -7,6 +7,7 @@ Axes: `n` frames, `d` width of a vector.
 
 import random
 import re
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,14 @@ class ClipRetriever:
         return self._model.encode_image(torch.stack(seen).to(self._device)).float().cpu()
 
     def words(self, text: str) -> Float[Tensor, "d"]:
-        """The vector of a description; what is beyond the tower's context is cut off."""
+        """The vector of a description; what is beyond the tower's context is cut off, with a warning."""
+        inner = getattr(self._read, "tokenizer", None)  # of a transformers tokenizer; open_clip's own adds two marks
+        count = len(inner(text).input_ids if inner else self._read.encode(text)) + (0 if inner else 2)
+        if count > self._read.context_length:
+            said = (
+                f"a query has {count} tokens and the tower reads {self._read.context_length}, shorten it: {text[:60]!r}"
+            )
+            warnings.warn(said, stacklevel=2)
         return self._model.encode_text(self._read([text]).to(self._device))[0].float().cpu()
 
 

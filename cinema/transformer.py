@@ -46,6 +46,7 @@ class ContextCache:
 
     blocks: list[KeyValue]  #: each tensor is "b k n h"
     last: int  #: index of the last pair
+    model: int  #: `id` of the transformer that made it
 
     @property
     def tokens(self) -> int:
@@ -201,9 +202,13 @@ class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
 
         Groups have equal batch sizes and ragged token counts. If `causal`, pair i sees pairs <= i only (by index), else
         every pair every pair; all see the `cache`, whose pairs come before theirs. `guidance` is the scale told to a
-        guidance-distilled base, ignored by others. ValueError if it is missing, or indices repeat or precede the cache.
+        guidance-distilled base, ignored by others. ValueError if it is missing, indices repeat or precede the cache, or
+        the cache is of another model.
         """
         pairs = Ragged(groups)
+        if cache is not None and cache.model != id(self):
+            theirs, ours = len(cache.blocks), len(self.single_transformer_blocks)
+            raise ValueError(f"a cache of another model, of {theirs} blocks, for one of {ours}: encode it again")
         if cache is not None and pairs.index[0] <= cache.last:
             raise ValueError(f"pair {pairs.index[0]} does not come after the cached pair {cache.last}")
         x, tembs = self._blocks(groups, pairs, causal, cache, guidance)
@@ -219,7 +224,7 @@ class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
         """
         pairs, kept = Ragged(groups), list[KeyValue]()
         self._blocks(groups, pairs, causal, None, guidance, kept)
-        return ContextCache(kept, pairs.index[-1])
+        return ContextCache(kept, pairs.index[-1], id(self))
 
     def stock(self) -> flux.FluxTransformer2DModel:
         """A stock `FluxTransformer2DModel` around the very same parameters, for pipelines and for saving."""

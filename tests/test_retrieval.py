@@ -154,6 +154,13 @@ def test_retrieval_finds_a_scene_that_comes_back(clip: ClipRetriever) -> None:
     assert means["oracle"] == 1.0 and means["clip"] > 0.8 and means["recency"] < 0.3
 
 
+def test_a_query_that_is_too_long_is_cut_with_a_warning(clip: ClipRetriever) -> None:
+    words = "wide shot, forest. " + "red round, crown left, jumping. " * 9
+    with pytest.warns(UserWarning, match=r"a query has 50 tokens and the tower reads 40, shorten it: 'wide shot"):
+        long = clip.words(words)
+    assert torch.isfinite(long).all()
+
+
 def test_towers_that_cannot_be_loaded_are_one_sentence(tmp_path: Path) -> None:
     for towers in (str(tmp_path), "no-such-tower:none"):
         with pytest.raises(UserError, match="open_clip cannot load these towers"):

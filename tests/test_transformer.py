@@ -160,6 +160,8 @@ def test_context_sees_itself_in_both_directions_unless_it_is_causal() -> None:
         assert torch.allclose(seen[0][:, :, -pair:], free[0][:, :, -pair:], atol=ATOL) == (i < 2)  # the last sees all
     with pytest.raises(ValueError, match="pair 2 does not come after"):
         model.forward_pairs([tiny.group([2])], causal=True, cache=causal, guidance=3.5)
+    with pytest.raises(ValueError, match="a cache of another model, of 3 blocks, for one of 3: encode it again"):
+        tiny.transformer().forward_pairs([tiny.group([9])], causal=True, cache=causal, guidance=3.5)
 
 
 def _floats(group: PairGroup) -> tuple[Tensor, ...]:
