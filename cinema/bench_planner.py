@@ -15,6 +15,7 @@ from cinema.errors import UserError
 from cinema.flow import euler, schedule
 from cinema.goldenmem import PATCH, Layout, coordinates, tokens
 from cinema.progress import Progress, quiet
+from cinema.training.keyframes import small_flux
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 HEAD = 64  # width of a head
@@ -38,7 +39,8 @@ def bench_planner(
     if width % HEAD or width < HEAD or min(pairs, default=0) < 1:
         raise UserError(f"a width of {width} and {list(pairs)} pairs: give a multiple of {HEAD}, and 1 pair or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = random_flux(width, double, single).bfloat16().eval()
+    torch.manual_seed(0)
+    model = small_flux(double, single, width // HEAD, HEAD, width).bfloat16().eval()
     torch.nn.Module.to(model, device)
     seconds: dict[str, dict[str, float]] = {"naive": {}, "planned": {}}
     total = 2 * len(pairs)
@@ -52,18 +54,6 @@ def bench_planner(
     first, last = (seconds["planned"][str(count)] for count in (pairs[0], pairs[-1]))
     facts = {"width": width, "double": double, "single": single, "steps": settings.steps, "device": device}
     return facts | {"seconds": seconds, "naive / planned": ratios, f"planned, {pairs[-1]} / {pairs[0]}": last / first}
-
-
-def random_flux(width: int, double: int, single: int) -> InterleavedFluxTransformer:
-    """A transformer of FLUX's kind with random weights, seed 0."""
-    torch.manual_seed(0)
-    # fmt: off
-    return InterleavedFluxTransformer(
-        in_channels=64, num_layers=double, num_single_layers=single, attention_head_dim=HEAD,
-        num_attention_heads=width // HEAD, joint_attention_dim=width, pooled_projection_dim=width,
-        guidance_embeds=False, axes_dims_rope=(16, 24, 24),
-    )
-    # fmt: on
 
 
 def _draw(model: InterleavedFluxTransformer, settings: KeyframeSettings, pairs: int, naive: bool) -> Tensor:

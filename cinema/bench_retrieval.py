@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 
 from cinema.config import KeyframeSettings, Preset
+from cinema.evaluation import interval
 from cinema.keyframes import KeyframePlanner, TextEncoders, make_retriever
 from cinema.progress import Progress, quiet
 from cinema.retrieval import DEPTHS, RETRIEVALS, Index, Moment, coverage, describe, relevant
@@ -54,12 +55,11 @@ def _coverages(movie: Movie, settings: KeyframeSettings, text: TextEncoders, see
     return rows
 
 
-def _means(rows: Float[np.ndarray, "stories k"]) -> list[dict[str, Any]]:
+def _means(rows: Float[np.ndarray, "n k"]) -> list[dict[str, Any]]:
     """Mean of every column, and its 95 % interval by bootstrap over rows."""
-    draws = np.random.default_rng(0).integers(len(rows), size=(2_000, len(rows)))
-    low, high = np.quantile(rows[draws].mean(1), [0.025, 0.975], axis=0)
     return [
-        {"mean": m, "ci95": [a, b]} for m, a, b in zip(*(x.tolist() for x in (rows.mean(0), low, high)), strict=True)
+        {"mean": float(column.mean()), "ci95": interval(column[:, None], lambda drawn: drawn[0] / len(rows))}
+        for column in rows.T
     ]
 
 

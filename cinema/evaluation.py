@@ -3,12 +3,13 @@
 A look is described at its character's first appearance only: there it must be drawn as told (*attributes*), later it
 must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 
 from cinema.config import Preset
@@ -184,22 +185,24 @@ def _share(rows: list[list[bool]]) -> float | None:
     return sum(map(sum, rows)) / count if (count := sum(map(len, rows))) else None
 
 
-def paired(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]], seed: int = 0) -> list[float]:
+def paired(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]]) -> list[float]:
     """95 % interval of how much larger the share of True is in `a` than in `b`, whose rows are of the same stories."""
     counts = np.array([[sum(x), len(x), sum(y), len(y)] for x, y in zip(a, b, strict=True)], float)
-    draws = counts[np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))].sum(1)
-    low, high = np.quantile(draws[:, 0] / draws[:, 1] - draws[:, 2] / draws[:, 3], [0.025, 0.975])
-    return [float(low), float(high)]
+    return interval(counts, lambda drawn: drawn[0] / drawn[1] - drawn[2] / drawn[3])
 
 
-def bootstrap(rows: Sequence[Sequence[bool]], seed: int = 0) -> list[float] | None:
-    """95 % interval of the share of True, by drawing whole rows anew; None if nothing was judged.
-
-    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13); judgements of one row, a story, depend on each other.
-    """
+def bootstrap(rows: Sequence[Sequence[bool]]) -> list[float] | None:
+    """95 % interval of the share of True; None if nothing was judged. Judgements of a row, a story, hang together."""
     if not any(rows):
         return None
-    right, count = np.array([[sum(row), len(row)] for row in rows if row], float).T
-    draws = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
-    low, high = np.quantile(right[draws].sum(1) / count[draws].sum(1), [0.025, 0.975])
+    return interval(np.array([[sum(row), len(row)] for row in rows if row], float), lambda drawn: drawn[0] / drawn[1])
+
+
+def interval(rows: Float[np.ndarray, "n c"], statistic: Callable[[Any], Any], seed: int = 0) -> list[float]:
+    """95 % interval of a statistic of the columns' sums, by drawing whole rows anew.
+
+    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13). The statistic gets an array of "c draws".
+    """
+    draws = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
+    low, high = np.quantile(statistic(rows[draws].sum(1).T), [0.025, 0.975])
     return [float(low), float(high)]

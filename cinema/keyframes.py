@@ -29,16 +29,7 @@ from cinema.errors import UserError
 from cinema.flow import OnStep, euler, schedule
 from cinema.goldenmem import PATCH, Layout, coordinates, shrink, tokens
 from cinema.progress import Progress
-from cinema.retrieval import (
-    ClipRetriever,
-    Moment,
-    Oracle,
-    Random,
-    Recency,
-    Retriever,
-    T5Retriever,
-    describe,
-)
+from cinema.retrieval import ClipRetriever, Moment, Oracle, Random, Recency, Retriever, T5Retriever, describe
 from cinema.story import TAG, Story
 from cinema.transformer import ContextCache, InterleavedFluxTransformer, PairGroup
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cinema.bench_planner import HEAD, _draw, _groups, bench_planner, random_flux
+from cinema.bench_planner import HEAD, _draw, _groups, bench_planner
 from cinema.cli import main
 from cinema.config import TOY
 from cinema.errors import UserError
 from cinema.goldenmem import Layout
+from cinema.training.keyframes import small_flux
 
 SMALL = replace(TOY.keyframes, height=64, width=128, memory_levels=2, memory_group=2, steps=3)
 
@@ -27,7 +28,7 @@ def test_the_command_prints_seconds_and_ratios(tmp_path: Path, capsys) -> None:
 
 @torch.inference_mode()
 def test_what_is_timed_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = random_flux(HEAD, 1, 1).eval(), []
+    model, seen = small_flux(1, 1, 1, HEAD, HEAD).eval(), []
 
     def watched(name: str, what: str) -> None:
         real = getattr(model, name)

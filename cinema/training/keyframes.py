@@ -257,11 +257,12 @@ def small_flux(
     double: int = 2, single: int = 7, heads: int = 4, head_dim: int = 48, text: int = 128
 ) -> InterleavedFluxTransformer:
     """A Flux with few parameters; modulations and output start at zero, so that every block starts as identity."""
+    side = 2 * (head_dim // 6)  # of the rope's two axes in the picture
     # fmt: off
     model = InterleavedFluxTransformer(
         in_channels=64, num_layers=double, num_single_layers=single, attention_head_dim=head_dim,
         num_attention_heads=heads, joint_attention_dim=text, pooled_projection_dim=text, guidance_embeds=False,
-        axes_dims_rope=(head_dim // 3,) * 3,
+        axes_dims_rope=(head_dim - 2 * side, side, side),
     )
     # fmt: on
     for name, parameter in model.named_parameters():
