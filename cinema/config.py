@@ -29,8 +29,11 @@ class KeyframeSettings:
     context_sigma: float  #: noise of remembered keyframes, in the paper's best range 0.001-0.25
     memory_levels: int  #: GoldenMem levels kept
     memory_group: int  #: keyframes per level
-    memory_ratio: float  #: between the sides of neighbouring levels; the paper's is the golden ratio
+    memory_ratio: float | tuple[float, ...]  #: between the sides of neighbouring levels; the paper's is golden
+    memory_extent: bool  #: rope gives a small level the extent of the finest one; else as many units as it has patches
     retrieval: str  #: who chooses what is remembered, and how large: recency, clip, t5, random or oracle
+    window: int  #: keyframes that are drawn together, each seeing the others as `mask` says
+    mask: str  #: who sees whom: "full", or "causal", each the earlier ones
     towers: str  #: folder of open_clip towers, or their name and weights, such as ViT-B-32:laion2b_s34b_b79k
 
 
@@ -75,6 +78,7 @@ TOY = Preset(
         steps=16, shift=3.0, guidance=2.0, distilled_guidance=1.0, context_sigma=0.05,
         memory_levels=5, memory_group=4,
         memory_ratio=1.58,  # sides 8, 5, 3, 2, 1; so small a grid rounds the golden ratio to 8, 4, 3, 1, 1
+        memory_extent=True, window=1, mask="causal",
         retrieval="recency", towers=str(WEIGHTS / "retrieval"),
     ),
     video=VideoSettings(

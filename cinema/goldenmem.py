@@ -4,8 +4,11 @@ A level is a grid of `side` x 2 `side` patches. All levels together cost less th
 many there are (paper, section 3.2); text is not compressed. Axes: `n` frames, `s` tokens of a level.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import floor
+from operator import mul
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +21,20 @@ from cinema.config import PHI
 PATCH = 16  # pixels of a patch's side: 8 of the VAE times 2 of the packing
 
 
-def levels(side: int, count: int, ratio: float = PHI) -> tuple[int, ...]:
+def levels(side: int, count: int, ratio: float | Sequence[float] = PHI) -> tuple[int, ...]:
     """Short sides of `count` levels in patches, finest first: s_i = floor(s_0 / ratio^i).
 
-    The direct form: rounding down at every step instead gives 1 where Fig. 4 has 2. ValueError where none fit.
+    The direct form: rounding down at every step instead gives 1 where Fig. 4 has 2. A sequence has a ratio for each
+    step from a level to the next, and their products replace the powers. ValueError where none fit.
     """
     if side < 1 or count < 1:
         raise ValueError(f"{count} levels of a frame {side} patches high: both must be at least 1")
-    if ratio <= 1:
-        raise ValueError(f"the ratio between levels is {ratio}, it must be above 1")
-    sides = tuple(floor(side / ratio**i + 1e-9) for i in range(count))
+    steps = [ratio] * (count - 1) if isinstance(ratio, int | float) else [*ratio]
+    if min(*steps, 2, 2) <= 1 or len(steps) != count - 1:
+        raise ValueError(
+            f"the ratio between levels is {ratio}, it must be above 1, or one for each of {count - 1} steps"
+        )
+    sides = tuple(floor(side / shrunk + 1e-9) for shrunk in accumulate(steps, mul, initial=1.0))
     if sides[-1] < 1:
         raise ValueError(f"{count} levels are too many for {side} patches: level {sides.index(0)} would have none")
     return sides
@@ -46,7 +53,7 @@ class Layout:
     side: int  #: short side of the newest pair in patches
     count: int  #: levels available
     group: int  #: pairs per level; the newest is one of the finest level's. Fig. 4 has 4
-    ratio: float = PHI  #: between the sides of neighbouring levels
+    ratio: float | tuple[float, ...] = PHI  #: between the sides of neighbouring levels, or one for each step
     rank: tuple[int, ...] | None = None  #: importance of each pair, 0 for the highest; else the newest comes first
 
     def __post_init__(self) -> None:
@@ -87,14 +94,15 @@ def shrink(frames: Float[Tensor, "n 3 height width"], side: int) -> Float[Tensor
     return F.interpolate(frames, (PATCH * side, 2 * PATCH * side), mode="area")
 
 
-def coordinates(side: int, finest: int) -> Float[Tensor, "s 2"]:
+def coordinates(side: int, finest: int, extent: bool = True) -> Float[Tensor, "s 2"]:
     """(y, x) of a level's patches in units of the finest level's, which every level covers whole.
 
     Cell i of a level lies at (i + 1/2) finest / side - 1/2: the finest level has 0, 1, 2 ..., a coarse one
-    the centres of its larger cells. ValueError if `side` is below 1 or above `finest`.
+    the centres of its larger cells. Without `extent` cells are just counted, so that a coarse level lies in the
+    upper left corner. ValueError if `side` is below 1 or above `finest`.
     """
     if not 1 <= side <= finest:
         raise ValueError(f"a level of {side} patches in a frame of {finest}: it must be between 1 and {finest}")
-    centre = (torch.arange(2 * side, dtype=torch.float32) + 0.5) * (finest / side) - 0.5
+    centre = (torch.arange(2 * side, dtype=torch.float32) + 0.5) * (finest / side if extent else 1) - 0.5
     y, x = repeat(centre[:side], "h -> h w", w=2 * side), repeat(centre, "w -> h w", h=side)
     return rearrange([y, x], "yx h w -> (h w) yx")

@@ -2,7 +2,8 @@
 
 Context is what GoldenMem keeps of the earlier keyframes: shrunk in pixel space, encoded, made slightly noisy
 (paper, section 4.2) and run once through the transformer into a cache. Every denoising step then runs the
-newest pair alone. Axes: `n` frames, `h w` patches, `s` image tokens, `c` channels.
+newest pair alone, or a window of new pairs together. Axes: `n` frames, `p` new pairs, `h w` patches, `s` image
+tokens, `c` channels.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,9 @@ class KeyframePlanner:
         if rest or self.settings.width != 2 * self.settings.height:
             rule = f"the height must be a multiple of {PATCH}, the width its double"
             raise UserError(f"keyframes of {self.settings.height} x {self.settings.width} pixels: {rule}")
+        if self.settings.window < 1 or self.settings.mask not in ("causal", "full"):
+            told = f"a window of {self.settings.window} keyframes with the mask {self.settings.mask!r}"
+            raise UserError(f"{told}: draw at least 1 together, with the mask causal or full")
 
     @classmethod
     def from_preset(cls, preset: Preset, device: str | torch.device = "cpu") -> "KeyframePlanner":
@@ -191,34 +196,38 @@ class KeyframePlanner:
         """Yield keyframes in the order of the story, each as soon as it is drawn.
 
         A keyframe depends on its caption, the keyframes it remembers and noise seeded by (seed, shot), so a
-        run that goes on from `known` ends like one that never stopped, and one shot can be drawn anew alone.
-        `known` keyframes, by shot, are cropped to size and remembered, not drawn. `keep` is asked for each of the
-        others, by shot and recipe, whether there is a picture already. UserError as for `rename`.
+        run that goes on from `known` ends like one that never stopped, and one shot can be drawn anew alone; with
+        a window, its whole window. `known` keyframes, by shot, are cropped to size and remembered, not drawn. `keep`
+        is asked for each of the others, by shot and recipe, whether there is a picture already. UserError as for
+        `rename`.
         """
         known, captions, settings = known or {}, rename(story, self.tags), self.settings
-        todo = [i for i in range(len(captions)) if i not in known]
+        told = (shot.model_copy(update={"caption": line}) for shot, line in zip(story.shots, captions, strict=True))
+        moments = [Moment(shot, describe(story, own.caption)) for shot, own in zip(told, story.shots, strict=True)]
         memory, retriever = list[_Remembered](), make_retriever(settings, self.text, str(self.transformer.device), seed)
-        for i, caption in enumerate(captions):
-            moment = Moment(
-                story.shots[i].model_copy(update={"caption": caption}), describe(story, story.shots[i].caption)
-            )
-            remembered, recipe = list[tuple[int, int]](), ""
-            if i in known:
-                image = ImageOps.fit(known[i].convert("RGB"), (settings.width, settings.height))
-            else:
-                order = self._choose(retriever, moment, i)
+        by_window = groupby(range(len(captions)), lambda i: (i // settings.window, i in known))
+        windows = [list(shots) for _, shots in by_window]
+        todo = [shots for shots in windows if shots[0] not in known]
+        for shots in windows:
+            images: Any = [known.get(i) for i in shots]
+            remembered, recipes = list[tuple[int, int]](), [""] * len(shots)
+            if shots in todo:
+                order = self._choose(retriever, [moments[i] for i in shots], shots[0])
                 context = [memory[j] for j in sorted(order)]  # in the order of time
-                layout = self._layout([order.index(old.shot) for old in context])
+                layout = self._layout([order.index(old.shot) for old in context], len(shots))
                 remembered = [(old.shot, side) for old, side in zip(context, layout.sides, strict=False)]
-                recipe = self._recipe(seed, i, caption, context, remembered)
-                before, total = todo.index(i) * settings.steps, len(todo) * settings.steps
-                tell = teller(on_progress, before, total, f"keyframe {i + 1} of {len(captions)}")
-                kept = keep(i, recipe) if keep else None
-                image = kept or self._draw(caption, context, layout, seeded(seed, i), tell)
+                lines = [captions[i] for i in shots]
+                recipes = self._recipes(seed, shots, lines, context, remembered)
+                before, total = todo.index(shots) * settings.steps, len(todo) * settings.steps
+                tell = teller(on_progress, before, total, f"keyframe {shots[-1] + 1} of {len(captions)}")
+                images = [keep(i, recipe) if keep else None for i, recipe in zip(shots, recipes, strict=True)]
+                if None in images:
+                    images = self._draw(lines, context, layout, [seeded(seed, i) for i in shots], tell)
+            for i, image, recipe in zip(shots, images, recipes, strict=True):
                 image = ImageOps.fit(image.convert("RGB"), (settings.width, settings.height))
-            memory.append(_Remembered(self, i, image, caption))
-            retriever.add(replace(moment, image=image))
-            yield Keyframe(i, image, caption, remembered, recipe)
+                memory.append(_Remembered(self, i, image, captions[i]))
+                retriever.add(replace(moments[i], image=image))
+                yield Keyframe(i, image, captions[i], remembered, recipe)
 
     def group(
         self, latents: Float[Tensor, "b p s c"], texts: list[Encoded], sigma: float, side: int, index: list[int]
@@ -227,72 +236,94 @@ class KeyframePlanner:
         device, dtype = self.transformer.device, self.transformer.dtype
         folds = [rearrange(list(x), "(b p) ... -> b p ...", p=len(index)) for x in zip(*texts, strict=True)]
         latents, states, pooled = (x.to(device, dtype) for x in (latents, *folds))
-        sigmas, ids = torch.full(latents.shape[:2], sigma, device=device), coordinates(side, self.side).to(device)
+        ids = coordinates(side, self.side, self.settings.memory_extent).to(device)
+        sigmas = torch.full(latents.shape[:2], sigma, device=device)
         return PairGroup(latents, states, pooled, sigmas, ids, torch.tensor(index))
 
-    def _choose(self, retriever: Retriever, moment: Moment, now: int) -> list[int]:
-        """Which of the earlier shots to remember, the most important first: the newest, and what is retrieved."""
-        room = self.settings.memory_levels * self.settings.memory_group - 1
+    def _fresh(self, count: int) -> int:
+        """Places of the finest level that so many new keyframes leave to no other."""
+        return min(count, self.settings.memory_group)
+
+    def _choose(self, retriever: Retriever, moments: list[Moment], now: int) -> list[int]:
+        """Which of the earlier shots to remember, the most important first: the newest, and what is retrieved.
+
+        Shots that are drawn together are asked in turn.
+        """
+        room = self.settings.memory_levels * self.settings.memory_group - self._fresh(len(moments))
         if not now or not room:
             return []
-        return list(dict.fromkeys([now - 1, *retriever.rank(moment, room)]))[:room]
+        found = chain.from_iterable(zip_longest(*(retriever.rank(moment, room) for moment in moments)))
+        return [i for i in dict.fromkeys([now - 1, *found]) if i is not None][:room]
 
-    def _layout(self, order: Sequence[int]) -> Layout:
-        """Of the remembered, which are of this order of importance, and the next one, which comes before them all."""
-        settings = self.settings
+    def _layout(self, order: Sequence[int], count: int) -> Layout:
+        """Of the remembered, which are of this order of importance, and what is drawn, which comes before them all."""
+        settings, fresh = self.settings, self._fresh(count)
         levels = settings.memory_levels, settings.memory_group, settings.memory_ratio
-        return Layout(len(order) + 1, self.side, *levels, rank=(*(1 + place for place in order), 0))
+        rank = (*(fresh + place for place in order), *reversed(range(fresh)))
+        return Layout(len(rank), self.side, *levels, rank=rank)
 
-    def _recipe(
-        self, seed: int, shot: int, caption: str, context: list["_Remembered"], remembered: list[tuple[int, int]]
-    ) -> str:
-        """A digest of all that a keyframe depends on but the weights: where it is equal, so is the picture."""
+    def _recipes(
+        self,
+        seed: int,
+        shots: list[int],
+        captions: list[str],
+        context: list["_Remembered"],
+        remembered: list[tuple[int, int]],
+    ) -> list[str]:
+        """A digest of all that each keyframe depends on but the weights: where it is equal, so is the picture."""
         numbers = {key: value for key, value in asdict(self.settings).items() if key not in ("weights", "towers")}
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([numbers, seed, shot, caption, remembered, [old.caption for old in context]]).encode())
+        digest, facts = hashlib.blake2b(digest_size=16), [numbers, seed, shots, captions, remembered]
+        digest.update(json.dumps([*facts, [old.caption for old in context]]).encode())
         for old in context:
             digest.update(old.image.tobytes())
-        return digest.hexdigest()
+        return [f"{digest.hexdigest()}-{i}" for i in shots]
 
     @torch.no_grad()
     def _draw(
         self,
-        caption: str,
+        captions: list[str],
         memory: list["_Remembered"],
         layout: Layout,
-        generator: torch.Generator,
+        generators: list[torch.Generator],
         on_step: OnStep,
-    ) -> Image.Image:
-        """The next keyframe."""
-        settings, shape = self.settings, (1, tokens(self.side), self.transformer.config["in_channels"])
-        noise = torch.randn(shape, generator=generator).to(self.transformer.device)
-        groups = self._context(memory, layout, generator)
-        cache = self.transformer.encode_context(groups, guidance=settings.distilled_guidance) if groups else None
-        velocity = self._velocity(caption, len(memory), cache)
+    ) -> list[Image.Image]:
+        """The next keyframes."""
+        settings, shape = self.settings, (tokens(self.side), self.transformer.config["in_channels"])
+        noise = torch.stack([torch.randn(shape, generator=own) for own in generators]).to(self.transformer.device)
+        groups = self._context(memory, layout, generators[0])
+        encode, causal = self.transformer.encode_context, settings.mask == "causal"
+        cache = encode(groups, causal=causal, guidance=settings.distilled_guidance) if groups else None
+        velocity = self._velocity(captions, len(memory), cache)
         drawn = euler(velocity, noise, schedule(settings.steps, settings.shift), on_step)
-        return to_image(decode_tokens(self.vae, drawn, self.side))
+        return [to_image(frame[None]) for frame in decode_tokens(self.vae, drawn, self.side)]
 
     def _context(self, memory: list["_Remembered"], layout: Layout, generator: torch.Generator) -> list[PairGroup]:
         """Noisy context for the next keyframe, a group per level."""
         groups, sigma = [], self.settings.context_sigma
         for side, places in layout.by_level():
-            if old := [i for i in places if i < len(memory)]:  # the last place is the next keyframe's own
+            if old := [i for i in places if i < len(memory)]:  # the last places are of what is drawn
                 latents = torch.stack([memory[i].latents(side) for i in old])[None]
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                 noised = torch.lerp(latents, noise, sigma)
                 groups.append(self.group(noised, [memory[i].text for i in old], sigma, side, old))
         return groups
 
-    def _velocity(self, caption: str, place: int, cache: ContextCache | None) -> Callable[[Tensor, float], Tensor]:
-        """Velocity of the newest pair; with guidance > 1 the empty caption runs beside it, on the same cache."""
-        scale = self.settings.guidance
-        texts = [self.text(line) for line in ((caption, "") if scale > 1 else (caption,))]
+    def _velocity(
+        self, captions: list[str], place: int, cache: ContextCache | None
+    ) -> Callable[[Tensor, float], Tensor]:
+        """Velocity of the new pairs; with guidance > 1 empty captions run beside theirs, on the same cache."""
+        scale, index, causal = (
+            self.settings.guidance,
+            [place + p for p in range(len(captions))],
+            self.settings.mask == "causal",
+        )
+        texts = [self.text(line) for line in captions] + [self.text("")] * (scale > 1) * len(captions)
 
-        def velocity(x: Float[Tensor, "1 s c"], sigma: float) -> Float[Tensor, "1 s c"]:
-            latents = repeat(x, "p s c -> b p s c", b=len(texts))
-            group = self.group(latents, texts, sigma, self.side, [place])
-            out = self.transformer.forward_pairs([group], True, cache, self.settings.distilled_guidance)[0].float()
-            return out[0] if len(texts) == 1 else out[1] + scale * (out[0] - out[1])
+        def velocity(x: Float[Tensor, "p s c"], sigma: float) -> Float[Tensor, "p s c"]:
+            latents = repeat(x, "p s c -> b p s c", b=len(texts) // len(captions))
+            group = self.group(latents, texts, sigma, self.side, index)
+            out = self.transformer.forward_pairs([group], causal, cache, self.settings.distilled_guidance)[0].float()
+            return out[0] if len(out) == 1 else out[1] + scale * (out[0] - out[1])
 
         return velocity
 

@@ -88,3 +88,17 @@ def test_finest_coordinates_are_those_of_the_flux_pipeline() -> None:
 
     stock = FluxPipeline._prepare_latent_image_ids(1, 8, 16, "cpu", torch.float32)
     assert torch.equal(coordinates(8, 8), stock[:, 1:])
+
+
+def test_a_ratio_for_each_step_multiplies_up() -> None:
+    assert levels(25, 4, (5 / 3, 1.5, 2.0)) == (25, 15, 10, 5)
+    assert Layout(5, 8, 3, 2, (8 / 7, 7 / 2)).sides == (2, 7, 7, 8, 8)
+    with pytest.raises(ValueError, match=r"one for each of 2 steps"):
+        levels(25, 3, (1.5,))
+    with pytest.raises(ValueError, match=r"must be above 1"):
+        levels(25, 3, (1.5, 1.0))
+
+
+def test_raw_coordinates_count_the_patches_of_a_small_level() -> None:
+    assert torch.equal(coordinates(2, 8, extent=False), coordinates(2, 2))
+    assert coordinates(2, 8)[-1].tolist() == [5.5, 13.5]

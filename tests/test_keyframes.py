@@ -238,3 +238,34 @@ def test_an_unknown_retrieval_is_one_sentence(folder: Path) -> None:
     wrong = replace(preset, keyframes=replace(preset.keyframes, retrieval="magic"))
     with pytest.raises(UserError, match="no retrieval 'magic'; choose one of recency, clip, t5, random, oracle"):
         KeyframePlanner.from_preset(wrong).plan(FIVE)
+
+
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_a_window_is_drawn_together_and_only_the_full_mask_sees_ahead(folder: Path, mask: str) -> None:
+    """The last caption of a window of three is changed: with the full mask the first picture hears of it."""
+    planner = KeyframePlanner.from_preset(tiny.preset(folder, window=3, mask=mask, memory_levels=3))
+    told = [shot.caption for shot in FIVE.shots]
+    a, b = planner.plan(FIVE), planner.plan(story(*told[:2], "close shot, city.", *told[3:]))
+    equal = [np.array_equal(pixels(x.image), pixels(y.image)) for x, y in zip(a, b, strict=True)]
+    assert equal[:3] == [mask == "causal"] * 2 + [False]
+    assert [k.remembered for k in a] == [[]] * 3 + [[(0, 1), (1, 2), (2, 2)]] * 2
+
+
+def test_a_window_goes_on_from_what_is_kept_and_is_drawn_whole(folder: Path) -> None:
+    planner = KeyframePlanner.from_preset(tiny.preset(folder, window=2))
+    whole, asked = planner.plan(FIVE), list[int]()
+    recipes = {k.recipe: k.image for k in whole if k.index != 3}
+
+    def keep(shot: int, recipe: str) -> Image.Image | None:
+        asked.append(shot)
+        return recipes.get(recipe)
+
+    again = list(planner.iterate(FIVE, keep=keep))
+    assert asked == [0, 1, 2, 3, 4] and all(same(a.image, b.image) for a, b in zip(whole, again, strict=True))
+    assert len({k.recipe for k in whole}) == 5
+
+
+@pytest.mark.parametrize("changed", [{"window": 0}, {"mask": "none"}])
+def test_windows_and_masks_that_are_none_are_one_sentence(folder: Path, changed: dict) -> None:
+    with pytest.raises(UserError, match="at least 1 together, with the mask causal or full"):
+        KeyframePlanner.from_preset(tiny.preset(folder, **changed))

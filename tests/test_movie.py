@@ -239,9 +239,9 @@ def test_weights_are_told_apart_by_what_they_are(preset: Preset, tmp_path: Path)
 def test_after_an_edit_only_what_depends_on_it_is_planned_again(preset: Preset, tmp_path: Path, monkeypatch) -> None:
     drawn, draw = [], cinema.movie.KeyframePlanner._draw
 
-    def watched(self, caption, *rest):
-        drawn.append(caption)
-        return draw(self, caption, *rest)
+    def watched(self, captions, *rest):
+        drawn.extend(captions)
+        return draw(self, captions, *rest)
 
     monkeypatch.setattr(cinema.movie.KeyframePlanner, "_draw", watched)
     edited = story([CAPTIONS[0], CAPTIONS[2], CAPTIONS[1]])
