@@ -5,6 +5,7 @@ Weights are random and nothing is drawn: time depends on shapes, not on what wei
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,12 +37,7 @@ def bench_planner(
     Also returns their ratios, and what the last of `pairs` costs compared with the first. UserError for a width that is
     no multiple of the heads', or less than one pair.
     """
-    if width % HEAD or width < HEAD or min(pairs, default=0) < 1:
-        raise UserError(f"a width of {width} and {list(pairs)} pairs: give a multiple of {HEAD}, and 1 pair or more")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = small_flux(double, single, width // HEAD, HEAD, width).bfloat16().eval()
-    torch.nn.Module.to(model, device)
+    model = random_flux(width, double, single, pairs)
     seconds: dict[str, dict[str, float]] = {"naive": {}, "planned": {}}
     total = 2 * len(pairs)
     with torch.inference_mode():
@@ -49,10 +45,10 @@ def bench_planner(
         for i, count in enumerate(pairs):
             for j, name in enumerate(seconds):
                 on_progress(2 * i + j, total, f"keyframe {count}, {name}")
-                seconds[name][str(count)] = _seconds(lambda: _draw(model, settings, count, name == "naive"))  # noqa: B023
+                seconds[name][str(count)] = seconds_of(lambda: _draw(model, settings, count, name == "naive"))  # noqa: B023
     ratios = {count: spent / seconds["planned"][count] for count, spent in seconds["naive"].items()}
     first, last = (seconds["planned"][str(count)] for count in (pairs[0], pairs[-1]))
-    facts = {"width": width, "double": double, "single": single, "steps": settings.steps, "device": device}
+    facts = {"width": width, "double": double, "single": single, "steps": settings.steps, "device": str(model.device)}
     return facts | {"seconds": seconds, "naive / planned": ratios, f"planned, {pairs[-1]} / {pairs[0]}": last / first}
 
 
@@ -61,13 +57,12 @@ def _draw(model: InterleavedFluxTransformer, settings: KeyframeSettings, pairs: 
     side, room = settings.height // PATCH, settings.memory_levels * settings.memory_group
     kept = pairs if naive else min(pairs, room)
     levels = (1, pairs, 2.0) if naive else (settings.memory_levels, settings.memory_group, settings.memory_ratio)
-    context = _groups(model, Layout(kept, side, *levels), settings.text_tokens)
-    (newest,) = _groups(model, Layout(1, side, 1, 1), settings.text_tokens, first=kept)
+    layout, text = Layout(kept, side, *levels), settings.text_tokens
+    context, (newest,) = (random_pairs(model, layout, text, own) for own in (range(kept - 1), [kept - 1]))
     cache = None if naive or not context else model.encode_context(context)
-    last = torch.tensor([kept])
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        now = PairGroup(x[None].to(model.dtype), newest.text, newest.pooled, newest.sigma * 0 + sigma, newest.ids, last)
+        now = replace(newest, latents=x[None].to(model.dtype), sigma=torch.full_like(newest.sigma, sigma))
         if cache is None and context:
             return model.forward_pairs([*context, now], causal=True)[-1][0].float()
         return model.forward_pairs([now], causal=True, cache=cache)[0][0].float()
@@ -75,21 +70,35 @@ def _draw(model: InterleavedFluxTransformer, settings: KeyframeSettings, pairs: 
     return euler(velocity, newest.latents[0].float(), schedule(settings.steps, settings.shift), None)
 
 
-def _groups(model: InterleavedFluxTransformer, layout: Layout, text: int, first: int = 0) -> list[PairGroup]:
-    """Random pairs, a group per level; without a `first` index, all of the layout but the newest."""
+def random_flux(width: int, double: int, single: int, pairs: Sequence[int]) -> InterleavedFluxTransformer:
+    """A random transformer in bfloat16, on a GPU if there is one.
+
+    UserError for a width that is no multiple of the heads', or a number of `pairs` below 1.
+    """
+    if width % HEAD or width < HEAD or min(pairs, default=0) < 1:
+        raise UserError(f"a width of {width} and {list(pairs)} pairs: give a multiple of {HEAD}, and 1 pair or more")
+    torch.manual_seed(0)
+    model = small_flux(double, single, width // HEAD, HEAD, width).bfloat16().eval()
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model
+
+
+def random_pairs(
+    model: InterleavedFluxTransformer, layout: Layout, text: int, index: Sequence[int] | None = None
+) -> list[PairGroup]:
+    """Random pairs of a layout, a group per level, with `text` tokens each; only those of `index`, if it is given."""
     groups, width = [], model.config["joint_attention_dim"]
     for side, places in layout.by_level():
-        index = [first + i for i in places if first or i < layout.pairs - 1]
-        if index:
+        if own := [i for i in places if index is None or i in index]:
             shapes = (tokens(side), 64), (text, width), (width,)
-            x, y, z = (torch.randn(1, len(index), *shape, device=model.device, dtype=model.dtype) for shape in shapes)
-            sigma = torch.full((1, len(index)), 0.05, device=model.device)
-            ids = coordinates(side, max(layout.sides)).to(model.device)
-            groups.append(PairGroup(x, y, z, sigma, ids, torch.tensor(index)))
+            x, y, z = (torch.randn(1, len(own), *shape, device=model.device, dtype=model.dtype) for shape in shapes)
+            sigma, ids = torch.full((1, len(own)), 0.05), coordinates(side, layout.side)
+            groups.append(PairGroup(x, y, z, sigma.to(x.device), ids.to(x.device), torch.tensor(own)))
     return groups
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long something takes, on a GPU as well."""
     began = time.perf_counter()
     run()
     if torch.cuda.is_available():

@@ -25,15 +25,15 @@ def levels(side: int, count: int, ratio: float | Sequence[float] = PHI) -> tuple
     """Short sides of `count` levels in patches, finest first: s_i = floor(s_0 / ratio^i).
 
     The direct form: rounding down at every step instead gives 1 where Fig. 4 has 2. A sequence has a ratio for each
-    step from a level to the next, and their products replace the powers. ValueError where none fit.
+    step from a level to the next, 1 for none, and their products replace the powers. ValueError where none fit.
     """
     if side < 1 or count < 1:
         raise ValueError(f"{count} levels of a frame {side} patches high: both must be at least 1")
-    steps = [ratio] * (count - 1) if isinstance(ratio, int | float) else [*ratio]
-    if min(*steps, 2, 2) <= 1 or len(steps) != count - 1:
-        raise ValueError(
-            f"the ratio between levels is {ratio}, it must be above 1, or one for each of {count - 1} steps"
-        )
+    steps = [*ratio] if isinstance(ratio, Sequence) else [ratio] * (count - 1)
+    low = min(ratio, default=1) < 1 if isinstance(ratio, Sequence) else ratio <= 1
+    if low or len(steps) != count - 1:
+        rule = f"above 1, or from 1 on for each of {count - 1} steps"
+        raise ValueError(f"the ratio between levels is {ratio}, it must be {rule}")
     sides = tuple(floor(side / shrunk + 1e-9) for shrunk in accumulate(steps, mul, initial=1.0))
     if sides[-1] < 1:
         raise ValueError(f"{count} levels are too many for {side} patches: level {sides.index(0)} would have none")

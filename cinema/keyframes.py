@@ -33,7 +33,7 @@ from cinema.goldenmem import PATCH, Layout, coordinates, shrink, tokens
 from cinema.progress import Progress
 from cinema.retrieval import ClipRetriever, Moment, Oracle, Random, Recency, Retriever, T5Retriever, describe
 from cinema.story import TAG, Story
-from cinema.transformer import ContextCache, InterleavedFluxTransformer, PairGroup
+from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 Encoded = tuple[Float[Tensor, "t e"], Float[Tensor, "f"]]  # a caption: T5's states and CLIP's pooled state
 Pictures = Mapping[int, Image.Image]  # by shot
@@ -204,7 +204,7 @@ class KeyframePlanner:
         known, captions, settings = known or {}, rename(story, self.tags), self.settings
         told = (shot.model_copy(update={"caption": line}) for shot, line in zip(story.shots, captions, strict=True))
         moments = [Moment(shot, describe(story, own.caption)) for shot, own in zip(told, story.shots, strict=True)]
-        memory, retriever = list[_Remembered](), make_retriever(settings, self.text, str(self.transformer.device), seed)
+        memory, retriever = list[Remembered](), make_retriever(settings, self.text, str(self.transformer.device), seed)
         by_window = groupby(range(len(captions)), lambda i: (i // settings.window, i in known))
         windows = [list(shots) for _, shots in by_window]
         todo = [shots for shots in windows if shots[0] not in known]
@@ -225,7 +225,7 @@ class KeyframePlanner:
                     images = self._draw(lines, context, layout, [seeded(seed, i) for i in shots], tell)
             for i, image, recipe in zip(shots, images, recipes, strict=True):
                 image = ImageOps.fit(image.convert("RGB"), (settings.width, settings.height))
-                memory.append(_Remembered(self, i, image, captions[i]))
+                memory.append(Remembered(self, i, image, captions[i]))
                 retriever.add(replace(moments[i], image=image))
                 yield Keyframe(i, image, captions[i], remembered, recipe)
 
@@ -267,7 +267,7 @@ class KeyframePlanner:
         seed: int,
         shots: list[int],
         captions: list[str],
-        context: list["_Remembered"],
+        context: list["Remembered"],
         remembered: list[tuple[int, int]],
     ) -> list[str]:
         """A digest of all that each keyframe depends on but the weights: where it is equal, so is the picture."""
@@ -282,7 +282,7 @@ class KeyframePlanner:
     def _draw(
         self,
         captions: list[str],
-        memory: list["_Remembered"],
+        memory: list["Remembered"],
         layout: Layout,
         generators: list[torch.Generator],
         on_step: OnStep,
@@ -290,14 +290,35 @@ class KeyframePlanner:
         """The next keyframes."""
         settings, shape = self.settings, (tokens(self.side), self.transformer.config["in_channels"])
         noise = torch.stack([torch.randn(shape, generator=own) for own in generators]).to(self.transformer.device)
-        groups = self._context(memory, layout, generators[0])
-        encode, causal = self.transformer.encode_context, settings.mask == "causal"
-        cache = encode(groups, causal=causal, guidance=settings.distilled_guidance) if groups else None
-        velocity = self._velocity(captions, len(memory), cache)
+        velocity = self.velocity_field(captions, memory, layout, generators[0])
         drawn = euler(velocity, noise, schedule(settings.steps, settings.shift), on_step)
         return [to_image(frame[None]) for frame in decode_tokens(self.vae, drawn, self.side)]
 
-    def _context(self, memory: list["_Remembered"], layout: Layout, generator: torch.Generator) -> list[PairGroup]:
+    @torch.no_grad()
+    def velocity_field(
+        self, captions: list[str], memory: list["Remembered"], layout: Layout, generator: torch.Generator
+    ) -> Callable[[Tensor, float], Tensor]:
+        """Velocity of new pairs "p s c" at a noise level, given what is remembered, which runs once, here.
+
+        `layout` is of the remembered, in the order of time, and then of the new ones; the generator makes the noise of
+        the remembered. With guidance > 1 empty captions run beside theirs, on the same cache.
+        """
+        settings = self.settings
+        causal, scale, distilled = settings.mask == "causal", settings.guidance, settings.distilled_guidance
+        groups, index = self._context(memory, layout, generator), [len(memory) + p for p in range(len(captions))]
+        encode, forward = self.transformer.encode_context, self.transformer.forward_pairs
+        cache = encode(groups, causal=causal, guidance=distilled) if groups else None
+        texts = [self.text(line) for line in captions] + [self.text("")] * (scale > 1) * len(captions)
+
+        @torch.no_grad()
+        def velocity(x: Float[Tensor, "p s c"], sigma: float) -> Float[Tensor, "p s c"]:
+            latents = repeat(x, "p s c -> b p s c", b=len(texts) // len(captions))
+            out = forward([self.group(latents, texts, sigma, self.side, index)], causal, cache, distilled)[0].float()
+            return out[0] if len(out) == 1 else out[1] + scale * (out[0] - out[1])
+
+        return velocity
+
+    def _context(self, memory: list["Remembered"], layout: Layout, generator: torch.Generator) -> list[PairGroup]:
         """Noisy context for the next keyframe, a group per level."""
         groups, sigma = [], self.settings.context_sigma
         for side, places in layout.by_level():
@@ -307,25 +328,6 @@ class KeyframePlanner:
                 noised = torch.lerp(latents, noise, sigma)
                 groups.append(self.group(noised, [memory[i].text for i in old], sigma, side, old))
         return groups
-
-    def _velocity(
-        self, captions: list[str], place: int, cache: ContextCache | None
-    ) -> Callable[[Tensor, float], Tensor]:
-        """Velocity of the new pairs; with guidance > 1 empty captions run beside theirs, on the same cache."""
-        scale, index, causal = (
-            self.settings.guidance,
-            [place + p for p in range(len(captions))],
-            self.settings.mask == "causal",
-        )
-        texts = [self.text(line) for line in captions] + [self.text("")] * (scale > 1) * len(captions)
-
-        def velocity(x: Float[Tensor, "p s c"], sigma: float) -> Float[Tensor, "p s c"]:
-            latents = repeat(x, "p s c -> b p s c", b=len(texts) // len(captions))
-            group = self.group(latents, texts, sigma, self.side, index)
-            out = self.transformer.forward_pairs([group], causal, cache, self.settings.distilled_guidance)[0].float()
-            return out[0] if len(out) == 1 else out[1] + scale * (out[0] - out[1])
-
-        return velocity
 
 
 def make_retriever(settings: KeyframeSettings, text: TextEncoders, device: str, seed: int) -> Retriever:
@@ -347,7 +349,7 @@ def make_retriever(settings: KeyframeSettings, text: TextEncoders, device: str, 
 
 
 @dataclass
-class _Remembered:
+class Remembered:
     """An earlier keyframe; its caption and each of its sizes are encoded once, when first needed."""
 
     planner: KeyframePlanner
@@ -358,9 +360,11 @@ class _Remembered:
 
     @cached_property
     def text(self) -> Encoded:
+        """Its caption, encoded."""
         return self.planner.text(self.caption)
 
     def latents(self, side: int) -> Float[Tensor, "s c"]:
+        """Its tokens at a level, `side` patches high."""
         if side not in self._latents:
             self._latents[side] = encode_frames(self.planner.vae, shrink(to_tensor(self.image), side))[0]
         return self._latents[side]

@@ -243,7 +243,7 @@ class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
         kept: list[KeyValue] | None = None,
     ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b _p d"]]]:
         """Tokens after all blocks, and the groups' conditioning; `kept` takes every global block's keys and values."""
-        tembs = [self._condition(group, guidance) for group in groups]  # b p d
+        tembs = [self.condition(group, guidance) for group in groups]  # b p d
         x = pairs.gather([self._local(group, temb) for group, temb in zip(groups, tembs, strict=True)])  # b n d
         temb = torch.stack([tembs[g][:, j] for g, j in pairs.order], dim=1)  # b p d
         rope = self._rope([(groups[g], k) for k, (g, _) in zip(pairs.index, pairs.order, strict=True)])
@@ -254,7 +254,8 @@ class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
                 kept.append(key_value)
         return x, tembs
 
-    def _condition(self, group: PairGroup, guidance: float | None) -> Float[Tensor, "b p d"]:
+    def condition(self, group: PairGroup, guidance: float | None = None) -> Float[Tensor, "b p d"]:
+        """What modulates each pair's blocks: its noise level, its pooled caption, and the guidance."""
         times = [group.sigma.flatten().float() * 1000]
         if self.config["guidance_embeds"]:
             if guidance is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cinema.bench_planner import HEAD, _draw, _groups, bench_planner
+from cinema.bench_planner import HEAD, _draw, bench_planner, random_pairs
 from cinema.cli import main
 from cinema.config import TOY
 from cinema.errors import UserError
@@ -46,7 +46,7 @@ def test_what_is_timed_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     _draw(model, SMALL, 9, naive=False)
     assert seen == [("context", 3), ("step", 1), ("step", 1), ("step", 1)]  # two levels of two, one of them the newest
-    groups = _groups(model, Layout(4, 4, 2, 2, SMALL.memory_ratio), 5)
+    groups = random_pairs(model, Layout(4, 4, 2, 2, SMALL.memory_ratio), 5, range(3))
     assert [(g.latents.shape[1], g.index.tolist()) for g in groups] == [(1, [2]), (2, [0, 1])]
 
 

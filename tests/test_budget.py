@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -11,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cinema import masking
+from cinema.bench_training import most_allocated
 from cinema.budget import FLUX_1_DEV, Work, flops, parameters, peak_bytes, table, transformer_config
 from cinema.cli import main
 from cinema.config import FLUX, PHI, PRESETS, SMALL, TOY
@@ -93,18 +92,6 @@ def test_flops_are_those_that_torch_counts(work: Work, monkeypatch) -> None:
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def most_allocated(run: Callable[[], object], grad: bool = True) -> int:
-    """Bytes that the allocator has given out at most while something runs, above what was there before."""
-    with torch.set_grad_enabled(grad), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    now = most = 0
-    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize(("width", "sides"), [(128, (16, 16, 25, 25)), (512, (9, 15))])
 @pytest.mark.parametrize("work", WORKS, ids=str)
 def test_peak_memory_is_what_the_allocator_gives(work: Work, width: int, sides: tuple[int, ...], monkeypatch) -> None:
@@ -125,7 +112,7 @@ def test_peak_memory_is_what_the_allocator_gives(work: Work, width: int, sides: 
         parameter.grad = torch.zeros_like(parameter)
     held = [*transformer.parameters(), *(p.detach().clone() for p in trained)]  # and their average
     if work.train == "no":
-        measured = most_allocated(lambda: transformer.forward_pairs(groups, work.causal, None, 3.5), grad=False)
+        measured = most_allocated(torch.no_grad()(lambda: transformer.forward_pairs(groups, work.causal, None, 3.5)))
     else:
         optimizer, learner = torch.optim.AdamW(trained, fused=True), HalfPrecision(Learner(transformer))
         optimizer.step()  # its moments are there from now on

@@ -93,10 +93,10 @@ def test_finest_coordinates_are_those_of_the_flux_pipeline() -> None:
 def test_a_ratio_for_each_step_multiplies_up() -> None:
     assert levels(25, 4, (5 / 3, 1.5, 2.0)) == (25, 15, 10, 5)
     assert Layout(5, 8, 3, 2, (8 / 7, 7 / 2)).sides == (2, 7, 7, 8, 8)
-    with pytest.raises(ValueError, match=r"one for each of 2 steps"):
-        levels(25, 3, (1.5,))
-    with pytest.raises(ValueError, match=r"must be above 1"):
-        levels(25, 3, (1.5, 1.0))
+    assert levels(8, 4, (8 / 6, 6.0, 1.0)) == (8, 6, 1, 1)
+    for ratios in [(1.5,), (1.5, 0.9)]:
+        with pytest.raises(ValueError, match="above 1, or from 1 on for each of 2 steps"):
+            levels(25, 3, ratios)
 
 
 def test_raw_coordinates_count_the_patches_of_a_small_level() -> None:

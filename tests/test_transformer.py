@@ -7,6 +7,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from cinema.bench_training import dense_pairs
 from cinema.training.loop import HalfPrecision
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
@@ -31,44 +32,6 @@ def call_stock(model: FluxTransformer2DModel, group: PairGroup, pair: int) -> Te
         txt_ids=torch.zeros(group.text.shape[2], 3),
         return_dict=False,
     )[0]
-
-
-def reference(model: InterleavedFluxTransformer, groups: list[PairGroup], mode: str) -> dict[int, Tensor]:
-    """All pairs padded into nothing: dense masks in both kinds of block, modulation per token. Slow and plain."""
-    pairs = sorted(((int(k), g, j) for g in groups for j, k in enumerate(g.index)), key=lambda x: x[0])
-    words, pixels, temb, ids = [], [], [], []
-    for k, g, j in pairs:
-        time, guidance = g.sigma[:, j] * 1000, torch.full_like(g.sigma[:, j], 3500.0)
-        temb.append(model.time_text_embed(time, guidance, g.pooled[:, j]))
-        words.append(model.context_embedder(g.text[:, j]))
-        pixels.append(model.x_embedder(g.latents[:, j]))
-        at = torch.tensor([float(k), 0, 0]).expand(words[-1].shape[1], 3)
-        ids.append((at, torch.cat([torch.full((len(g.ids), 1), float(k)), g.ids], dim=1)))
-    t, s = [w.shape[1] for w in words], [p.shape[1] for p in pixels]
-    count = torch.arange(len(pairs))
-    owner_t, owner_s = count.repeat_interleave(torch.tensor(t)), count.repeat_interleave(torch.tensor(s))
-    owner = torch.cat([owner_t, owner_s])  # Flux's order: all text, then all image
-    rope = model.pos_embed(torch.cat([a for a, _ in ids] + [b for _, b in ids]))
-    rows, local = torch.stack(temb, dim=1), owner[:, None] == owner[None]
-    e, h = torch.cat(words, dim=1), torch.cat(pixels, dim=1)
-    for block in model.transformer_blocks:
-        m = block.norm1.linear(block.norm1.silu(rows))[:, owner_s].chunk(6, -1)
-        n = block.norm1_context.linear(block.norm1_context.silu(rows))[:, owner_t].chunk(6, -1)
-        x, y = block.norm1.norm(h) * (1 + m[1]) + m[0], block.norm1_context.norm(e) * (1 + n[1]) + n[0]
-        a, c = block.attn(hidden_states=x, encoder_hidden_states=y, image_rotary_emb=rope, attention_mask=local)
-        h, e = h + m[2] * a, e + n[2] * c
-        h = h + m[5] * block.ff(block.norm2(h) * (1 + m[4]) + m[3])
-        e = e + n[5] * block.ff_context(block.norm2_context(e) * (1 + n[4]) + n[3])
-    x = torch.cat([e, h], dim=1)
-    mask = (owner[:, None] >= owner[None]) if mode == "causal" else torch.ones(len(owner), len(owner)).bool()
-    for block in model.single_transformer_blocks:
-        shift, scale, gate = block.norm.linear(block.norm.silu(rows))[:, owner].chunk(3, -1)
-        y = block.norm.norm(x) * (1 + scale) + shift
-        a = block.attn(hidden_states=y, image_rotary_emb=rope, attention_mask=mask)
-        x = x + gate * block.proj_out(torch.cat([a, block.act_mlp(block.proj_mlp(y))], dim=2))
-    scale, shift = model.norm_out.linear(model.norm_out.silu(rows))[:, owner_s].chunk(2, -1)
-    out = model.proj_out(model.norm_out.norm(x[:, sum(t) :]) * (1 + scale) + shift)
-    return {k: piece for (k, _, _), piece in zip(pairs, out.split(s, dim=1), strict=True)}
 
 
 def by_index(groups: list[PairGroup], outs: list[Tensor]) -> dict[int, Tensor]:
@@ -98,7 +61,7 @@ def test_folds_equal_the_dense_mask_reference_with_gradients(mode: str) -> None:
     model, ragged = tiny.transformer(), groups()
     outs = model.forward_pairs(ragged, causal=mode == "causal", guidance=3.5)
     assert [x.shape for x in outs] == [g.latents.shape for g in ragged]
-    expected = reference(model, ragged, mode)
+    expected = dict(enumerate(dense_pairs(model, ragged, mode == "causal", 3.5)))
     mine = by_index(ragged, outs)
     assert all(torch.allclose(mine[k], expected[k], atol=ATOL) for k in range(5))
     pairs = zip(gradients(model, outs), gradients(model, list(expected.values())), strict=True)

@@ -1,0 +1,177 @@
+"""Ablations: one change of the memory at a time, judged where memory matters.
+
+A film comes back to an early scene after others. Its shots up to there are as the toy world draws them; what comes
+after the return is planned, and a reader tells whether who comes back looks as before. All rows plan the same films.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cinema.config import PHI, KeyframeSettings, Preset
+from cinema.errors import UserError
+from cinema.evaluation import bootstrap, paired, score_keyframes
+from cinema.files import write_json
+from cinema.flow import velocity
+from cinema.goldenmem import PATCH, Layout, levels, tokens
+from cinema.keyframes import KeyframePlanner, Remembered, encode_frames, rename, seeded, to_tensor
+from cinema.movie import weights_identity
+from cinema.progress import Progress, quiet
+from cinema.toyworld.draw import render
+from cinema.toyworld.world import Movie, sample_flashback
+
+SHOTS = 5  # of a scene; there are three, and the return
+SIGMA = 0.85  # noise at which the error of a ratio is measured: where looks are decided
+BUDGET = 1.5  # the ratio whose memory a learned one may not exceed
+LEARNED = "learned"
+
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "retrieval": {x: {"retrieval": x, "memory_levels": 2} for x in ("recency", "random", "t5", "clip", "oracle")},
+    "ratio": {
+        name: {"memory_ratio": ratio, "memory_levels": 4}
+        for name, ratio in {"golden": PHI, "1.5": 1.5, "2": 2.0, LEARNED: LEARNED}.items()
+    },
+    "group": {str(count): {"memory_group": count} for count in (4, 1, 2, 8)},
+    "levels": {str(count): {"memory_levels": count} for count in (4, 3, 2, 1)},
+    "rope": {"same extent": {"memory_extent": True}, "raw": {"memory_extent": False}},
+    "sigma": {str(sigma): {"context_sigma": sigma} for sigma in (0.05, 0.001, 0.25, 0.5, 0.75, 1.0)},
+    "mask": {f"{mask}, {n} together": {"mask": mask, "window": n} for n in (1, SHOTS) for mask in ("causal", "full")},
+}  #: by name: rows, and what of the planner's settings each changes; gains are over the first
+SCENES = ("mask",)  # ablations that plan all shots after the return; the others plan one
+
+
+def ablate(
+    preset: Preset,
+    name: str,
+    stories: int = 100,
+    seeds: Sequence[int] = (0,),
+    out: Path | None = None,
+    on_progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Identity after the return for every row of an ablation, over so many films of each seed.
+
+    Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `ci95`, its 95 % interval
+    over films; `by seed`; `gain ci95`, of what it has more than the first row; the `sides` of its levels in patches;
+    and image `tokens` remembered. With a folder `out` what is done is kept there and not done again. UserError if there
+    is no such ablation, or the weights cannot be loaded.
+    """
+    if name not in ABLATIONS:
+        raise UserError(f"there is no ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
+    parts: dict[str, list[dict[str, Any]]] = {label: [] for label in ABLATIONS[name]}
+    jobs = [(label, seed) for label in parts for seed in seeds]
+    for i, (label, seed) in enumerate(jobs):
+        chosen, shots = _changed(preset, ABLATIONS[name][label]), SHOTS if name in SCENES else 1
+        path = out / f"{name}-{label}-{seed}.json" if out else None
+
+        def tell(done: int, i: int = i, label: str = label) -> None:
+            on_progress(i * stories + done, len(jobs) * stories, f"{name} {label}, film {done} of {stories}")
+
+        parts[label].append(_kept(path, chosen, stories, seed, shots, tell))
+    rows = {label: [film for part in own for film in part["judged"]] for label, own in parts.items()}
+    first = next(iter(rows.values()))
+    figures = {
+        label: {"identity": _share(own), "ci95": bootstrap(own), "gain ci95": paired(own, first)}
+        | {"by seed": [_share(part["judged"]) for part in parts[label]]}
+        | {fact: parts[label][0][fact] for fact in ("sides", "tokens")}
+        for label, own in rows.items()
+    }
+    return {"ablation": name, "preset": preset.name, "stories": stories, "seeds": [*seeds], "rows": figures}
+
+
+@cache
+def learn_ratio(preset: Preset, films: int = 24, seed: int = 0) -> tuple[float, ...]:
+    """Ratios, one for each step, whose levels leave the smallest error of the next keyframe's velocity.
+
+    All levels are tried that cost no more than those of ratio 1.5, on training films that come back to a scene; a level
+    may be as large as the one before it. Errors are of what is drawn first after the return, at sigma 0.85.
+    """
+    side, count = preset.keyframes.height // PATCH, preset.keyframes.memory_levels
+    room = sum(map(tokens, levels(side, count, BUDGET)))
+    fits = [
+        (side, *reversed(rest))
+        for rest in combinations_with_replacement(range(1, side + 1), count - 1)
+        if tokens(side) + sum(map(tokens, rest)) <= room
+    ]
+    best = [c for c in fits if not any(c != d and all(x <= y for x, y in zip(c, d, strict=True)) for d in fits)]
+    ratios = [tuple(a / b for a, b in pairwise(c)) for c in best]
+    errors = [_error(_changed(preset, {"memory_ratio": ratio, "guidance": 1.0}), films, seed) for ratio in ratios]
+    return ratios[errors.index(min(errors))]
+
+
+def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
+    chosen = replace(preset, keyframes=replace(preset.keyframes, **changes))
+    if chosen.keyframes.memory_ratio == LEARNED:
+        return _changed(
+            preset, {**changes, "memory_ratio": learn_ratio(_changed(preset, {**changes, "memory_ratio": PHI}))}
+        )
+    return chosen
+
+
+def _kept(
+    path: Path | None, preset: Preset, stories: int, seed: int, shots: int, tell: Callable[[int], None]
+) -> dict[str, Any]:
+    """What `_judge` gives, or what a file says that it gave for the same settings and weights."""
+    settings = asdict(preset.keyframes)
+    settings |= {name: weights_identity(settings[name]) for name in ("weights", "towers")}
+    request = json.loads(json.dumps([settings, preset.dtype, stories, seed, shots]))
+    if path and path.is_file() and (told := json.loads(path.read_text(encoding="utf-8")))["request"] == request:
+        return told["result"]
+    result = _judge(preset, stories, seed, shots, tell)
+    if path:
+        write_json(path, {"request": request, "result": result})
+    return result
+
+
+def _judge(preset: Preset, stories: int, seed: int, shots: int, tell: Callable[[int], None]) -> dict[str, Any]:
+    """Per film, whether each who comes back is as before in so many shots after the return."""
+    planner, judged = _planner(preset), []
+    for i in range(stories):
+        movie, known = _return(f"heldout/{seed}/{i}", shots, preset.keyframes)
+        planned = planner.plan(movie.story(), seed, None, known)
+        images = [None if k.index in known else k.image for k in planned]
+        judged.append(score_keyframes(movie.captions(), images).identity)
+        tell(i + 1)
+    kept = planned[len(known)].remembered
+    sides = levels(planner.side, preset.keyframes.memory_levels, preset.keyframes.memory_ratio)
+    return {"judged": judged, "sides": [*sides], "tokens": sum(tokens(side) for _, side in kept)}
+
+
+@torch.no_grad()
+def _error(preset: Preset, films: int, seed: int) -> float:
+    """Mean squared error of the velocity, of the first keyframe after the return, remembering the newest."""
+    planner, settings, total = _planner(preset), preset.keyframes, 0.0
+    for i in range(films):
+        movie, known = _return(f"train/{seed}/{i}", 1, settings)
+        captions = rename(movie.story(), planner.tags)
+        memory = [Remembered(planner, j, image, captions[j]) for j, image in known.items()]
+        levels = settings.memory_levels, settings.memory_group, settings.memory_ratio
+        layout, generator = Layout(len(captions), planner.side, *levels), seeded(seed, i)
+        data = encode_frames(planner.vae, to_tensor(render(movie, movie.shots[-1], settings.height)))
+        noise = torch.randn(data.shape, generator=generator).to(data.device)
+        field = planner.velocity_field(captions[-1:], memory, layout, generator)
+        total += (field(torch.lerp(data, noise, SIGMA), SIGMA) - velocity(data, noise)).square().mean().item()
+    return total / films
+
+
+def _planner(preset: Preset) -> KeyframePlanner:
+    return KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _return(seed: str, shots: int, settings: KeyframeSettings) -> tuple[Movie, dict[int, Image.Image]]:
+    """A film up to so many shots after its return, and what the shots before it show."""
+    movie = sample_flashback(seed, shots=SHOTS)
+    back = len(movie.shots) - SHOTS
+    known = {i: render(movie, shot, settings.height) for i, shot in enumerate(movie.shots[:back])}
+    return replace(movie, shots=movie.shots[: back + shots]), known
+
+
+def _share(films: Sequence[Sequence[bool]]) -> float:
+    judged = [right for film in films for right in film]
+    return sum(judged) / len(judged)

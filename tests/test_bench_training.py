@@ -1,0 +1,42 @@
+import json
+from dataclasses import replace
+
+import torch
+
+from cinema.bench_planner import random_flux, random_pairs
+from cinema.bench_training import bench_training, dense_pairs, most_allocated
+from cinema.config import TOY
+from cinema.goldenmem import Layout
+
+SMALL = replace(TOY.keyframes, height=64, width=128, memory_levels=2, memory_group=2)
+
+
+def test_three_forms_are_timed_and_their_peaks_told() -> None:
+    told = bench_training(SMALL, (1, 6), 64, 1, 1)
+    assert set(told["pairs"]) == {"1", "6"} and told["mask"] == "causal"
+    row = told["pairs"]["6"]
+    assert set(row["seconds"]) == set(row["peak bytes"]) == {"mask", "fold", "goldenmem"}
+    assert row["mask / form"]["fold"] == row["seconds"]["mask"] / row["seconds"]["fold"]
+    assert 0 < row["peak bytes"]["goldenmem"] < row["peak bytes"]["fold"] < row["peak bytes"]["mask"]
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_the_dense_form_computes_what_the_folds_compute() -> None:
+    model = random_flux(64, 1, 2, (3,)).float()
+    for parameter in model.parameters():  # modulations and the output begin at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    groups = random_pairs(model, Layout(3, 4, 2, 2), 5)
+    for causal in (False, True):
+        folds = {
+            int(k): out[:, j]
+            for g, out in zip(groups, model.forward_pairs(groups, causal), strict=True)
+            for j, k in enumerate(g.index)
+        }
+        for k, dense in enumerate(dense_pairs(model, groups, causal)):
+            assert torch.allclose(dense, folds[k], atol=1e-5)
+
+
+def test_the_most_allocated_is_of_the_run_alone() -> None:
+    held = torch.zeros(1_000_000)
+    assert most_allocated(lambda: (held + 1).sum()) in range(4_000_000, 4_100_000)
+    assert most_allocated(lambda: None) == 0
