@@ -1,3 +1,5 @@
+from math import floor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,3 +104,21 @@ def test_a_ratio_for_each_step_multiplies_up() -> None:
 def test_raw_coordinates_count_the_patches_of_a_small_level() -> None:
     assert torch.equal(coordinates(2, 8, extent=False), coordinates(2, 2))
     assert coordinates(2, 8)[-1].tolist() == [5.5, 13.5]
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 40), st.floats(1.01, 3.0), st.integers(1, 96), st.integers(1, 96), st.booleans())
+def test_every_pair_has_one_level_and_who_ranks_higher_is_no_smaller(data, side, ratio, pairs, group, ranked) -> None:
+    count = data.draw(st.integers(1, 8).filter(lambda n: side / ratio ** (n - 1) >= 1))
+    rank = tuple(data.draw(st.permutations(range(pairs)))) if ranked else None
+    layout = Layout(pairs, side, count, max(group, -(-pairs // count)), ratio, rank)
+    by_rank = [s for _, s in sorted(zip(rank or range(pairs - 1, -1, -1), layout.sides, strict=True))]
+    assert by_rank == sorted(by_rank, reverse=True) and by_rank[0] == side
+    assert sorted(i for _, places in layout.by_level() for i in places) == list(range(pairs))
+    assert all(layout.sides[i] == s for s, places in layout.by_level() for i in places)
+
+
+@given(st.integers(1, 60), st.integers(1, 96), st.integers(1, 96))
+def test_images_cost_less_than_phi_times_as_many_newest_as_share_a_level(side: int, pairs: int, group: int) -> None:
+    count = next(n for n in range(60, 0, -1) if floor(side / PHI ** (n - 1) + 1e-9) >= 1)
+    assert Layout(min(pairs, count * group), side, count, group).tokens() < PHI * group * tokens(side)
