@@ -222,7 +222,8 @@ class KeyframePlanner:
                 tell = teller(on_progress, before, total, f"keyframe {shots[-1] + 1} of {len(captions)}")
                 images = [keep(i, recipe) if keep else None for i, recipe in zip(shots, recipes, strict=True)]
                 if None in images:
-                    images = self._draw(lines, context, layout, [seeded(seed, i) for i in shots], tell)
+                    drawn = self._draw(lines, context, layout, [seeded(seed, i) for i in shots], tell)
+                    images = [had or new for had, new in zip(images, drawn, strict=True)]
             for i, image, recipe in zip(shots, images, recipes, strict=True):
                 image = ImageOps.fit(image.convert("RGB"), (settings.width, settings.height))
                 memory.append(Remembered(self, i, image, captions[i]))
