@@ -106,12 +106,9 @@ def learn_ratio(preset: Preset, films: int = 24, seed: int = 0) -> tuple[float, 
 
 
 def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
-    chosen = replace(preset, keyframes=replace(preset.keyframes, **changes))
-    if chosen.keyframes.memory_ratio == LEARNED:
-        return _changed(
-            preset, {**changes, "memory_ratio": learn_ratio(_changed(preset, {**changes, "memory_ratio": PHI}))}
-        )
-    return chosen
+    if changes.get("memory_ratio") == LEARNED:
+        changes = {**changes, "memory_ratio": learn_ratio(_changed(preset, {**changes, "memory_ratio": BUDGET}))}
+    return replace(preset, keyframes=replace(preset.keyframes, **changes))
 
 
 def _kept(

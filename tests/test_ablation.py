@@ -1,0 +1,68 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import cinema.ablation
+from cinema.ablation import ABLATIONS, LEARNED, SHOTS, ablate, learn_ratio
+from cinema.config import TOY, Preset
+from cinema.errors import UserError
+from cinema.goldenmem import levels, tokens
+from cinema.keyframes import KeyframePlanner
+
+QUICK = replace(TOY, keyframes=replace(TOY.keyframes, steps=2, guidance=1.0))
+
+
+def test_every_row_is_a_memory_that_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of all rows load and lay out the whole film, and within an ablation no two are equal."""
+    monkeypatch.setattr(cinema.ablation, "learn_ratio", lambda preset: (1.6, 1.5, 1.5))
+    for rows in ABLATIONS.values():
+        chosen = [cinema.ablation._changed(TOY, changes).keyframes for changes in rows.values()]
+        assert len(set(chosen)) == len(rows) > 1
+        for own in chosen:
+            assert len(levels(8, own.memory_levels, own.memory_ratio)) == own.memory_levels
+            assert own.mask in ("causal", "full") and own.window in (1, SHOTS)
+
+
+def test_rows_are_judged_compared_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ABLATIONS, "levels", {name: {"memory_levels": int(name)} for name in ("4", "1")})
+    told = ablate(QUICK, "levels", stories=2, seeds=(0, 1), out=tmp_path)
+    assert list(told["rows"]) == ["4", "1"] and told["seeds"] == [0, 1]
+    first, second = told["rows"].values()
+    assert first["gain ci95"] == [0, 0] and first["sides"] == [8, 5, 3, 2] and second["sides"] == [8]
+    assert first["tokens"] == 3 * 128 + 4 * (50 + 18 + 8) and second["tokens"] == 3 * 128
+    assert first["identity"] == pytest.approx(sum(first["by seed"]) / 2, abs=0.5)
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(KeyframePlanner, "plan", lambda *_: pytest.fail("a row was done twice"))
+    assert ablate(QUICK, "levels", stories=2, seeds=(0, 1), out=tmp_path) == told
+    with pytest.raises(pytest.fail.Exception, match="done twice"):  # of other settings nothing is kept
+        ablate(replace(QUICK, keyframes=replace(QUICK.keyframes, steps=3)), "levels", 2, (0, 1), tmp_path)
+
+
+def test_a_learned_ratio_costs_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, ...]] = []
+
+    def error(preset: Preset, films: int, seed: int) -> float:
+        asked.append(levels(8, 4, preset.keyframes.memory_ratio))
+        return abs(asked[-1][1] - 4) + abs(asked[-1][3] - 4)  # smallest where the second and the last have side 4
+
+    monkeypatch.setattr(cinema.ablation, "_error", error)
+    four = replace(TOY, keyframes=replace(TOY.keyframes, memory_levels=4))
+    best = levels(8, 4, learn_ratio.__wrapped__(four))
+    room = sum(map(tokens, (8, 5, 3, 2)))
+    assert (8, 5, 3, 2) in asked and len(set(asked)) == len(asked) > 3
+    assert all(sum(map(tokens, sides)) <= room and sides == tuple(sorted(sides)[::-1]) for sides in asked)
+    assert best == min(asked, key=lambda sides: abs(sides[1] - 4) + abs(sides[3] - 4))
+    assert cinema.ablation._changed(four, {"memory_ratio": LEARNED}).keyframes.memory_ratio != LEARNED
+
+
+def test_an_error_of_a_ratio_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the whole film in memory the next keyframe is told better than with the newest three alone."""
+    plain = replace(TOY, keyframes=replace(TOY.keyframes, guidance=1.0, memory_levels=4))
+    blind = replace(plain, keyframes=replace(plain.keyframes, context_sigma=1.0))
+    assert cinema.ablation._error(plain, 3, 0) < cinema.ablation._error(blind, 3, 0)
+
+
+def test_an_unknown_ablation_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="there is no ablation 'x'; choose one of retrieval, ratio"):
+        ablate(TOY, "x")
