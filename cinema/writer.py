@@ -9,7 +9,7 @@ import re
 import zlib
 from dataclasses import dataclass, field, replace
 
-from cinema.chat import AnswerError, Endpoint, ask, endpoint_from_environment
+from cinema.chat import AnswerError, Endpoint, Reply, connect, converse, endpoint_from_environment
 from cinema.errors import UserError
 from cinema.story import MAX_SHOTS, Story, parse_story
 from cinema.storyline import LOOKS, Beat, StorylineReader
@@ -159,11 +159,9 @@ def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]
 
 
 def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:
-    from openai import OpenAI, OpenAIError
-
-    def read(answer: str) -> Story:
-        found = re.search(r"\{.*\}", answer, re.DOTALL)
-        story = parse_story(json.dumps(json.loads(found[0] if found else answer)), "answer")
+    def read(reply: Reply) -> Story:
+        found = re.search(r"\{.*\}", reply.text, re.DOTALL)
+        story = parse_story(json.dumps(json.loads(found[0] if found else reply.text)), "answer")
         for shot in story.shots:  # a language model has made no files
             shot.keyframe = shot.clip = shot.source = None
         if faults := caption_faults(story):
@@ -171,14 +169,11 @@ def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:
         return story.model_copy(update={"title": title or story.title})
 
     try:
-        with OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, timeout=300) as client:
-            story = ask(client, endpoint.model, _BRIEF, storyline, Story.model_json_schema(), read)
+        with connect(endpoint, Story.model_json_schema()) as say:
+            story = converse(say, _BRIEF, storyline, read)
     except AnswerError as error:
         fault = f"{endpoint.model} gave no valid story in two tries ({error}); try another model or storyline"
         raise UserError(fault) from None
-    except OpenAIError as error:
-        reason, advice = " ".join(str(error).split())[:200], "mend CINEMA_LLM_BASE_URL, or unset it for our own reader"
-        raise UserError(f"the language model {endpoint.model} cannot be asked ({reason}); {advice}") from None
     return WrittenStory(story, [f"{endpoint.model} wrote {len(story.shots)} shots"], [])
 
 
