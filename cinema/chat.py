@@ -84,15 +84,25 @@ def connect(
     """
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
+    asked: Any = {"model": server.model, "temperature": 0, "response_format": form}
+
     def say(messages: list[Any]) -> Reply:
         try:
-            return _reply(client.chat.completions.create(messages=messages, **asked))
+            answer = client.chat.completions.create(messages=messages, **asked)
         except openai.APIError as error:
             return _refusal(error)
         except UnicodeEncodeError:
             raise UserError("the server's key holds letters that no key has; correct CINEMA_LLM_API_KEY") from None
+        tokens = getattr(getattr(answer, "usage", None), "total_tokens", None)
+        tokens = tokens if isinstance(tokens, int) and tokens > 0 else TOKENS
+        try:  # some answer 200 with something else: what is not as it should be counts as nothing said
+            choice = answer.choices[0]
+            text, refused, finish = choice.message.content, choice.message.refusal, choice.finish_reason
+        except (AttributeError, LookupError, TypeError):
+            return Reply("", tokens=tokens)
+        finish = "content_filter" if refused else finish or "stop"
+        return Reply(text if isinstance(text, str) else "", finish, tokens)
 
-    asked: Any = {"model": server.model, "temperature": 0, "response_format": form}
     hooks: Any = {"request": [lambda request: pay()], "response": [_check_json]}
     where: Any = {"base_url": server.base_url, "api_key": server.api_key, "max_retries": retries, "timeout": timeout}
     with openai.OpenAI(**where, http_client=openai.DefaultHttpxClient(event_hooks=hooks)) as client:
@@ -106,18 +116,6 @@ def _check_json(response: Any) -> None:
         _ = response.is_success and response.json()
     except ValueError:
         raise httpx.DecodingError("what answers is no JSON") from None
-
-
-def _reply(answer: Any) -> Reply:
-    """What the server said. Some answer 200 with something else: what is not as it should be counts as nothing said."""
-    tokens = getattr(getattr(answer, "usage", None), "total_tokens", None)
-    tokens = tokens if isinstance(tokens, int) and tokens > 0 else TOKENS
-    try:
-        choice = answer.choices[0]
-        text, finish = choice.message.content, "content_filter" if choice.message.refusal else choice.finish_reason
-    except (AttributeError, LookupError, TypeError):
-        text = finish = None
-    return Reply(text if isinstance(text, str) else "", finish or "stop", tokens)
 
 
 def _refusal(error: openai.APIError) -> Reply:

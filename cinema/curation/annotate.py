@@ -128,10 +128,10 @@ class GroundTruthAnnotator(Annotator):
         path = film.with_suffix(self.sidecar)
         try:
             return _Sidecar.model_validate_json(path.read_bytes())
-        except OSError:
-            raise UserError(f"{film}: no ground truth {path.name} lies beside it; choose another annotator") from None
-        except ValidationError as error:
-            raise UserError(f"{path}: not a ground truth ({_first(error)}); write the film again") from None
+        except (OSError, ValidationError) as error:
+            why = _first(error) if isinstance(error, ValidationError) else error.strerror
+            cure = "write the film again, or choose another annotator"
+            raise UserError(f"{path}: not a ground truth that can be read ({why}); {cure}") from None
 
 
 class _Answer(BaseModel, extra="forbid"):
@@ -143,22 +143,19 @@ class _Answer(BaseModel, extra="forbid"):
         self.caption = " ".join(self.caption.split())
         if not self.caption or not self.caption.isprintable():
             raise ValueError("the caption is blank or holds control characters")
-        named = list(dict.fromkeys(re.findall(r"<[^<>]*>", self.caption)))
-        if strangers := [t for t in [*named, *self.tags] if t not in (info.context or ())]:
-            raise ValueError(f"{strangers[0]} is not a tag of the cast")
-        if set(named) != set(self.tags):
+        listed, self.tags = set(self.tags), list(dict.fromkeys(re.findall(r"<[^<>]*>", self.caption)))
+        if strangers := {*listed, *self.tags} - info.context:
+            raise ValueError(f"{min(strangers)} is not a tag of the cast")
+        if listed != set(self.tags):
             raise ValueError("tags does not list exactly the tags of the caption")
-        self.tags = named
         return self
 
 
 class ModelAnnotator(Annotator):
-    """Asks a vision model for captions, one shot at a time, in film order; subclasses say how it is reached.
+    """Asks a vision model for captions, shot by shot, and keeps its answers in a journal, so nothing is asked twice.
 
-    The character bank leads every prompt, the schema of the reply enumerates its names, and a reply that names
-    anybody else or is no valid JSON goes back once with what is wrong. What the model answers is kept in a journal,
-    so nothing is asked twice. `cast` are the characters whom captions may name, or a folder with a
-    `<film stem>.yaml` for every film that has a cast of its own.
+    `cast` are the characters whom captions may name, or a folder with a `<film stem>.yaml` for every film that has a
+    cast of its own. An answer that names anybody else or is no valid JSON goes back once with what is wrong.
     """
 
     def __init__(self, model: str, cast: Sequence[Character] | Path = ()):
@@ -213,8 +210,20 @@ class ModelAnnotator(Annotator):
                 desk.spent(reply.tokens)
             return reply
 
+        def read(reply: Reply) -> Caption:
+            if reply.finish == "content_filter":
+                return Caption(kept=False, reason="BLOCKED: the model declined to describe this frame")
+            try:
+                answer = _Answer.model_validate_json(reply.text, context={c.tag for c in cast})
+            except ValidationError as error:
+                cut = reply.finish == "length"
+                raise ValueError(
+                    "TRUNCATED: it was cut off; be brief" if cut else f"INVALID: {_first(error)}"
+                ) from None
+            return Caption(answer.caption, answer.tags)
+
         try:
-            return converse(say, PROMPT, question, lambda reply: _read(reply, {c.tag for c in cast}))
+            return converse(say, PROMPT, question, read)
         except _LimitReached:
             return Caption(kept=False, reason="LIMIT: the run may spend no more", retry=True)
         except ServerError as error:
@@ -223,18 +232,6 @@ class ModelAnnotator(Annotator):
             return Caption(kept=False, reason=f"ERROR: {error}", retry=True)
         except AnswerError as error:
             return Caption(kept=False, reason=f"{error}, even after one repair")
-
-
-def _read(reply: Reply, tags: set[str]) -> Caption:
-    """The caption in a reply. Raises ValueError with what is wrong with it, after one of FAULTS."""
-    if reply.finish == "content_filter":
-        return Caption(kept=False, reason="BLOCKED: the model declined to describe this frame")
-    try:
-        answer = _Answer.model_validate_json(reply.text, context=tags)
-    except ValidationError as error:
-        cut = reply.finish == "length"
-        raise ValueError("TRUNCATED: it was cut off; be brief" if cut else f"INVALID: {_first(error)}") from None
-    return Caption(answer.caption, answer.tags)
 
 
 class VisionAnnotator(ModelAnnotator):
