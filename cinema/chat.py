@@ -48,14 +48,11 @@ class Endpoint:
     model: str
 
 
-def endpoint_from_environment(needed: tuple[str, ...] = ()) -> Endpoint | None:
-    """The endpoint that SETTINGS name; None where no address is set. UserError if a `needed` one, or a model's name to
-    go with an address, is missing."""
-    if not needed and not os.environ.get(SETTINGS[0]):
-        return None
-    if missing := [name for name in needed or SETTINGS[2:] if not os.environ.get(name)]:
+def endpoint_from_environment(needed: tuple[str, ...] = SETTINGS) -> Endpoint:
+    """The endpoint that SETTINGS name; UserError tells which of those `needed` is missing."""
+    if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"a server's model is asked by address, key and name; set {missing[0]}")
-    return Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))  # some servers ask for no key
+    return Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
 
 
 def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:

@@ -106,10 +106,6 @@ class Story(_Model):
                 raise ValueError(f"{where}: the set {place!r} is not listed under sets; add it there")
         return self
 
-    def character(self, tag: str) -> Character:
-        """The character with this tag; KeyError if there is none."""
-        return {c.tag: c for c in self.cast}[tag]
-
     def first_appearances(self) -> dict[str, int]:
         """Tag → index of the first shot whose caption names it."""
         return {tag: i for i, shot in reversed([*enumerate(self.shots)]) for tag in shot.tags}

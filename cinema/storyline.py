@@ -150,6 +150,8 @@ class StorylineReader:
 
     def _cut(self, keep: dict[str, str | None]) -> None:
         """Begin another shot within the sentence, with these actors; who only just came leaves the old one."""
+        if not self.beat.actors:
+            return
         for tag in keep:
             if self.beat.actors.get(tag, "") is None and len(self.beat.actors) > 1:
                 del self.beat.actors[tag]
@@ -260,8 +262,7 @@ class StorylineReader:
         self.doers, self.waiting = doers, []
 
     def _on_break(self, i: int, token: _Token) -> None:
-        if self.beat.actors:
-            self._cut({})
+        self._cut({})
 
     def _on_position(self, i: int, token: _Token) -> None:
         clause = self._clause(i)
@@ -285,7 +286,7 @@ class StorylineReader:
 
     def _on_size(self, i: int, token: _Token) -> None:
         """Place, size or camera of the beat; a second one begins another shot of the same actors."""
-        if self.beat.setting.get(token.kind, token.value) != token.value and self.beat.actors:
+        if self.beat.setting.get(token.kind, token.value) != token.value:
             self._cut(dict(self.beat.actors))
         self.beat.setting[token.kind] = token.value
 

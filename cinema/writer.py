@@ -4,13 +4,14 @@
 the text leaves open is chosen, always the same way, and said."""
 
 import json
+import os
 import random
 import re
 import zlib
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from cinema.chat import AnswerError, Endpoint, Reply, connect, converse, endpoint_from_environment
+from cinema.chat import SETTINGS, AnswerError, Endpoint, Reply, connect, converse, endpoint_from_environment
 from cinema.errors import UserError
 from cinema.story import MAX_SHOTS, Story, parse_story
 from cinema.storyline import LOOKS, Beat, StorylineReader
@@ -40,7 +41,8 @@ def write_story(storyline: str, title: str | None = None, endpoint: Endpoint | N
         raise UserError("the storyline is empty; write a few sentences such as 'Ada jumps in the forest.'")
     if len(storyline) > MAX_CHARACTERS:
         raise UserError(f"the storyline has {len(storyline):,} characters; shorten it to {MAX_CHARACTERS:,} at most")
-    endpoint = endpoint or endpoint_from_environment()
+    if endpoint is None and os.environ.get(SETTINGS[0]):
+        endpoint = endpoint_from_environment(SETTINGS[::2])  # some servers ask for no key
     return _ask(endpoint, storyline, title) if endpoint else _read(storyline, title)
 
 

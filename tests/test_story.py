@@ -37,9 +37,6 @@ def test_tags_and_first_appearances_are_read_from_captions():
     story = parse_story(GOOD)
     assert [shot.tags for shot in story.shots] == [["<ada>"], ["<ada>"]]
     assert story.first_appearances() == {"<ada>": 0}
-    assert story.character("<ada>").description == "red round, crown"
-    with pytest.raises(KeyError):
-        story.character("<bo>")
 
 
 def test_json_is_a_story_too():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from cinema.chat import SETTINGS, AnswerError, Reply, Say, ServerError, connect, converse, endpoint_from_environment
+from cinema.chat import AnswerError, Reply, Say, ServerError, connect, converse, endpoint_from_environment
 from cinema.curation.journal import Journal
 from cinema.curation.store import CuratedShot, StoppedError
 from cinema.errors import UserError
@@ -83,8 +83,7 @@ class Annotator:
         return [Caption() for _ in shots]
 
 
-class NoAnnotator(Annotator):
-    """Cutting alone."""
+NoAnnotator = Annotator  # cutting alone
 
 
 class _TrueShot(BaseModel):
@@ -159,23 +158,24 @@ class ModelAnnotator(Annotator):
     """
 
     def __init__(self, model: str, cast: Sequence[Character] | Path = ()):
-        self.model, self._banks = model, cast if isinstance(cast, Path) else None
-        self._cast = [] if isinstance(cast, Path) else list(cast)
+        self.model, self._cast = model, cast
 
     @property
     def identity(self) -> dict[str, str]:
         """Kind, model, prompt and cast; who is in a film's own bank counts for that film alone."""
-        prompt = _prompt_hash(self._banks or self._cast)
+        prompt = _prompt_hash(self._cast)
         return super().identity | {"model": self.model, "prompt_version": str(PROMPT_VERSION), "prompt_hash": prompt}
 
     def bank(self, film: Path) -> Path | None:
         """Its place in the folder of banks, if there is one."""
-        return self._banks / f"{film.stem}.yaml" if self._banks else None
+        return self._cast / f"{film.stem}.yaml" if isinstance(self._cast, Path) else None
 
     def cast(self, film: Path) -> list[Character]:
         """The film's character bank; empty if a folder of banks has none for it."""
-        bank = self.bank(film)
-        return load_cast(bank) if bank and bank.is_file() else self._cast
+        if isinstance(self._cast, Path):
+            bank = self._cast / f"{film.stem}.yaml"
+            return load_cast(bank) if bank.is_file() else []
+        return list(self._cast)
 
     def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Caption every shot; one that gets no usable answer is set aside, the reason beginning with one of FAULTS.
@@ -243,10 +243,8 @@ class VisionAnnotator(ModelAnnotator):
     kind: ClassVar[str] = "vision"
 
     def __init__(self, cast: Sequence[Character] | Path = (), *, retries: int = 4, timeout: float = 120.0):
-        server = endpoint_from_environment(SETTINGS)
-        assert server  # or it would have raised
-        self._server, self._retries, self._timeout = server, retries, timeout
-        super().__init__(server.model, cast)
+        self._server, self._retries, self._timeout = endpoint_from_environment(), retries, timeout
+        super().__init__(self._server.model, cast)
 
     def _opened(self, schema: dict[str, Any], desk: Desk) -> contextlib.AbstractContextManager[Say]:
         return connect(self._server, schema, desk.check, self._retries, self._timeout)
