@@ -60,18 +60,6 @@ def _pattern(names: set[str]) -> re.Pattern[str]:
     return re.compile("|".join([*parts, r"(?P<word>[^\W_][\w-]*)"]), re.IGNORECASE)
 
 
-def _tokens(text: str, pattern: re.Pattern[str]) -> list[_Token]:
-    found: list[_Token] = []
-    for match in pattern.finditer(text):
-        kind, _, value = (match.lastgroup or "").partition("__")
-        if kind == "name" and found and found[-1].kind == kind and match.start() - found[-1].end == 1:
-            found[-1].end = match.end()  # a surname
-        else:
-            used = kind not in ("word", "denied")
-            found.append(_Token(kind, value.replace("_", " "), match[0], *match.span(), used))
-    return found
-
-
 def _sentences(text: str) -> tuple[str | None, list[str]]:
     """A heading line, if there is one, and the sentences."""
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St)\.", r"\1", text.strip())
@@ -120,19 +108,29 @@ class StorylineReader:
         self.beats, self.understood, self.left_out = list[Beat](), list[str](), list[str]()
         pattern = _pattern(self.names)
         for number, sentence in enumerate(sentences, 1):
-            self._read(f"sentence {number}: ", sentence, _tokens(sentence, pattern))
+            self._read(f"sentence {number}: ", sentence, pattern)
         if not self.beats:
             raise UserError("the storyline names no set, character or action that I know; say who does what and where")
         if not self.cast:
             self._invent()
 
-    def _read(self, where: str, text: str, tokens: list[_Token]) -> None:
-        self.tokens, self.beat = tokens, Beat()
+    def _read(self, where: str, text: str, pattern: re.Pattern[str]) -> None:
+        tokens, self.beat = list[_Token](), Beat()
+        for match in pattern.finditer(text):
+            kind, _, value = (match.lastgroup or "").partition("__")
+            if kind == "name" and tokens and tokens[-1].kind == kind and match.start() - tokens[-1].end == 1:
+                tokens[-1].end = match.end()  # a surname
+            else:
+                used = kind not in ("word", "denied")
+                tokens.append(_Token(kind, value.replace("_", " "), match[0], *match.span(), used))
         self.waiting = list[str]()  # named, and yet to act
         self.ahead = dict[str, _Token]()  # said of whoever is named next
+        self.clause = list[_Token]()  # tokens before this one, as far as they belong together
         for i, token in enumerate(tokens):
+            self.past, self.coming = tokens[:i], tokens[i + 1 :]
             if handle := getattr(self, f"_on_{token.kind}", None):
-                handle(i, token)
+                handle(token)
+            self.clause = [] if token.kind in ("link", "pause", "break") else [*self.clause, token]
         if action := self.ahead.pop("action", None):
             self._act(action)
         if "position" in self.ahead and self.beat.actors:
@@ -158,22 +156,17 @@ class StorylineReader:
         self.beats.append(self.beat)
         self.beat = Beat(dict(keep))
 
-    def _clause(self, i: int) -> list[_Token]:
-        """The tokens of this clause before token i."""
-        start = max((j + 1 for j in range(i) if self.tokens[j].kind in ("link", "pause", "break")), default=0)
-        return self.tokens[start:i]
+    def _before(self, *skip: str) -> _Token:
+        return next((t for t in reversed(self.past) if t.kind not in skip), _NONE)
 
-    def _before(self, i: int, *skip: str) -> _Token:
-        return next((t for t in reversed(self.tokens[:i]) if t.kind not in skip), _NONE)
+    def _on_name(self, token: _Token) -> None:
+        self._mention(token, self._tag(token.text))
 
-    def _on_name(self, i: int, token: _Token) -> None:
-        self._mention(i, self._tag(token.text))
-
-    def _on_pronoun(self, i: int, token: _Token) -> None:
+    def _on_pronoun(self, token: _Token) -> None:
         """`she`, `him`, `both`: the last who fit; `two friends` whom nobody has named are invented."""
         word, many = token.text.lower(), token.value.isdigit()
         count = int(token.value) if many else 1
-        it = word == "it" and [t.kind for t in self.tokens[i + 1 : i + 2]] != ["action"]
+        it = word == "it" and [t.kind for t in self.coming[:1]] != ["action"]
         if it and "it" not in self.said.values():
             return  # `it is cold` is about nobody
         while many and not self.names and len(self.cast) < count and (not self.cast or word.startswith("t")):
@@ -184,12 +177,12 @@ class StorylineReader:
             fitting = [t for t in others if self.said.get(t, token.value) == token.value]
             others = fitting or others or self.recent[-1:] or [self._invent()]
             self.said.setdefault(others[-1], token.value)
-        self._mention(i, *sorted(others[-count:], key=list(self.cast).index))
+        self._mention(token, *sorted(others[-count:], key=list(self.cast).index))
 
-    def _on_creature(self, i: int, token: _Token) -> None:
+    def _on_creature(self, token: _Token) -> None:
         """`the fox` is whoever was called so, or the name beside it, or a character of its own."""
-        noun, before = token.text.lower(), self._before(i, "det", "word", "pause", "filler", *LOOKS)
-        after = [t for t in self.tokens[i + 1 :] if t.kind != "called"][:3]
+        noun, before = token.text.lower(), self._before("det", "word", "pause", "filler", *LOOKS)
+        after = [t for t in self.coming if t.kind != "called"][:3]
         kinds = [t.kind for t in after]
         if before.kind == "name":
             self.tags_of[noun], token.tags = before.tags[0], before.tags
@@ -197,20 +190,20 @@ class StorylineReader:
         elif kinds[:1] == ["name"] or kinds in (["pause", "name"], ["pause", "name", "pause"]):
             self.tags_of[noun] = self._tag(after[kinds.index("name")].text)
         else:
-            self._mention(i, self._tag(noun))
+            self._mention(token, self._tag(noun))
         if token.value != "any":
             self.said.setdefault(self.tags_of[noun], token.value)
 
-    def _mention(self, i: int, *tags: str) -> None:
+    def _mention(self, token: _Token, *tags: str) -> None:
         """Somebody is named: as one who will act, or as one acted upon."""
-        clause, before = self._clause(i), self._before(i, "det", *LOOKS)
+        before = self._before("det", *LOOKS)
         joins = before.text.lower() in ("with", "beside") and self.doers and self.beat.actors
         acted_on = (
-            (before.kind == "prep" and clause[:1] != [before])  # `with Bo, Ada ...` begins a clause
+            (before.kind == "prep" and self.clause[:1] != [before])  # `with Bo, Ada ...` begins a clause
             or (before.kind == "action" and "action" not in self.ahead)  # `there stands Ada`
-            or (before.kind == "word" and any(t.tags for t in clause))
+            or (before.kind == "word" and any(t.tags for t in self.clause))
         )
-        self.tokens[i].tags = tags
+        token.tags = tags
         for tag in tags:
             self.recent = [*(t for t in self.recent if t != tag), tag]
             self._describe(tag)
@@ -238,15 +231,14 @@ class StorylineReader:
         self.understood.append(f"the text names nobody here, so {tag} plays the part")
         return tag
 
-    def _on_action(self, i: int, token: _Token) -> None:
-        clause = self._clause(i)
-        nouns = [j for j, t in enumerate(self.tokens[:i]) if t in clause and t.kind == "word" and t.text[-2:] != "ly"]
-        if nouns and clause[0].kind == "det" and not any(t.tags for t in clause):  # a leaf, the wind
-            noun = self.tokens[nouns[-1]]
-            token.used = noun.used = not self.names and token.value != "standing"
+    def _on_action(self, token: _Token) -> None:
+        nouns = [t for t in self.clause if t.kind == "word" and not t.text.endswith("ly")]
+        if nouns and self.clause[0].kind == "det" and not any(t.tags for t in self.clause):  # a leaf, the wind
+            token.used = nouns[-1].used = not self.names and token.value != "standing"
             if token.used:
-                self._on_name(nouns[-1], noun)
-        elif not any(t.tags for t in self.tokens[:i]) and any(t.kind in _PEOPLE for t in self.tokens[i:]):
+                self.past = self.past[: self.past.index(nouns[-1])]
+                self._on_name(nouns[-1])
+        elif not any(t.tags for t in self.past) and any(t.kind in _PEOPLE for t in self.coming):
             self.ahead["action"] = token
             return
         if token.used:
@@ -261,46 +253,45 @@ class StorylineReader:
         self.beat.actors |= {d: token.value for d in doers if not (standing and self.beat.actors.get(d))}
         self.doers, self.waiting = doers, []
 
-    def _on_break(self, i: int, token: _Token) -> None:
+    def _on_break(self, token: _Token) -> None:
         self._cut({})
 
-    def _on_position(self, i: int, token: _Token) -> None:
-        clause = self._clause(i)
-        acts = any(t.kind == "action" for t in clause) and "action" not in self.ahead
-        if owners := [t.tags[0] for t in clause if t.tags] or (self.doers if acts else []):
+    def _on_position(self, token: _Token) -> None:
+        acts = any(t.kind == "action" for t in self.clause) and "action" not in self.ahead
+        if owners := [t.tags[0] for t in self.clause if t.tags] or (self.doers if acts else []):
             self.beat.positions[owners[-1]] = token.value
         else:  # `on the left, Ada ...`
             self.ahead["position"] = token
 
-    def _on_place(self, i: int, token: _Token) -> None:
-        old, link = self.beat.setting.get("place"), self._before(i, "det", "word").text.lower()
+    def _on_place(self, token: _Token) -> None:
+        old, link = self.beat.setting.get("place"), self._before("det", "word").text.lower()
         goes = link in ("to", "into", "toward", "towards", "reaches")
         if old and not goes and (token.value in _WEATHER or link in ("by", "of", "near", "beside")):
             token.used = old == token.value  # a village by the sea is a village
             return
         if old in _WEATHER and not goes:
             del self.beat.setting["place"]
-            for t in self.tokens[:i]:
+            for t in self.past:
                 t.used = t.used and t.value != old
-        self._on_size(i, token)
+        self._on_size(token)
 
-    def _on_size(self, i: int, token: _Token) -> None:
+    def _on_size(self, token: _Token) -> None:
         """Place, size or camera of the beat; a second one begins another shot of the same actors."""
         if self.beat.setting.get(token.kind, token.value) != token.value:
             self._cut(dict(self.beat.actors))
         self.beat.setting[token.kind] = token.value
 
-    def _on_look(self, i: int, token: _Token) -> None:
+    def _on_look(self, token: _Token) -> None:
         """A look is of the name that follows, or else of the name before, unless its owner does something between."""
 
         def passes(t: _Token, *kinds: str) -> bool:
             return t.kind in ("called", *LOOKS, *kinds) or (t.kind == "word" and not _VERB.search(t.text))
 
-        token.used, is_hat, following = False, token.kind == "hat", self.tokens[i + 1 :]
-        if not is_hat and any(t.kind in ("hat", "place") or t.text in ("hat", "cap") for t in following[:1]):
+        token.used, is_hat = False, token.kind == "hat"
+        if not is_hat and any(t.kind in ("hat", "place") or t.text in ("hat", "cap") for t in self.coming[:1]):
             return  # the hat's own colour, the blue sea
-        after = next((t for t in following if not (passes(t) or t.text == "and")), _NONE)
-        preceding, small = reversed(self.tokens[:i]), ("det", "filler", "link", "pause")
+        after = next((t for t in self.coming if not (passes(t) or t.text == "and")), _NONE)
+        preceding, small = reversed(self.past), ("det", "filler", "link", "pause")
         before = next((t for t in preceding if t.tags or not (is_hat or passes(t, *small) or t.text == "with")), _NONE)
         if after.kind in ("name", "creature"):
             self.ahead[token.kind] = token
