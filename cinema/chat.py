@@ -97,7 +97,7 @@ def connect(
             text, refused, finish = choice.message.content, choice.message.refusal, choice.finish_reason
         except (AttributeError, LookupError, TypeError):
             return Reply("", tokens=tokens)
-        finish = "content_filter" if refused else finish or "stop"
+        finish = "content_filter" if refused else str(finish or "stop")
         return Reply(text if isinstance(text, str) else "", finish, tokens)
 
     hooks: Any = {"request": [lambda request: pay()], "response": [_check_json]}
@@ -117,7 +117,7 @@ def _check_json(response: Any) -> None:
 
 def _refusal(error: openai.APIError) -> Reply:
     """What a model says by refusing a request; else raises ServerError."""
-    if error.code == "content_filter":
+    if error.code in ("content_filter", "content_policy_violation"):
         return Reply("", "content_filter")
     what, wait, passes = "does not answer", "", False
     if isinstance(error, openai.APITimeoutError):

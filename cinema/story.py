@@ -162,7 +162,7 @@ def _parse(text: str, name: str, alone: bool = False) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         where = f", line {mark.line + 1}" if mark else ""
         raise StoryError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
-    if not isinstance(data, dict):
+    if node is None or not isinstance(data, dict):
         raise StoryError(f"{name}: not a story; it needs title, cast, sets and shots")
     try:
         return (_Bank if alone and list(data) == ["cast"] else Story).model_validate(data)

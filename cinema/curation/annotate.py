@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -158,24 +158,24 @@ class ModelAnnotator(Annotator):
     """
 
     def __init__(self, model: str, cast: Sequence[Character] | Path = ()):
-        self.model, self._cast = model, cast
+        self.model = model
+        self._people: Any = cast
 
     @property
     def identity(self) -> dict[str, str]:
         """Kind, model, prompt and cast; who is in a film's own bank counts for that film alone."""
-        prompt = _prompt_hash(self._cast)
+        prompt = _prompt_hash(self._people)
         return super().identity | {"model": self.model, "prompt_version": str(PROMPT_VERSION), "prompt_hash": prompt}
 
     def bank(self, film: Path) -> Path | None:
         """Its place in the folder of banks, if there is one."""
-        return self._cast / f"{film.stem}.yaml" if isinstance(self._cast, Path) else None
+        return self._people / f"{film.stem}.yaml" if isinstance(self._people, Path) else None
 
     def cast(self, film: Path) -> list[Character]:
         """The film's character bank; empty if a folder of banks has none for it."""
-        if isinstance(self._cast, Path):
-            bank = self._cast / f"{film.stem}.yaml"
+        if bank := self.bank(film):
             return load_cast(bank) if bank.is_file() else []
-        return list(self._cast)
+        return [*self._people]
 
     def caption(self, film: Path, shots: Iterable[CuratedShot], desk: Desk = Desk()) -> list[Caption]:
         """Caption every shot; one that gets no usable answer is set aside, the reason beginning with one of FAULTS.
@@ -278,7 +278,8 @@ class LocalAnnotator(ModelAnnotator):
             raise StoppedError(f"{self.model}: {what}; name a folder or a hub name") from None
         return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _opened(self, schema: dict[str, Any], desk: Desk) -> contextlib.AbstractContextManager[Say]:
+    @contextlib.contextmanager
+    def _opened(self, schema: dict[str, Any], desk: Desk) -> Iterator[Say]:
         def say(messages: list[Any]) -> Reply:
             desk.check()
             processor, network = self._parts
@@ -290,7 +291,8 @@ class LocalAnnotator(ModelAnnotator):
             text = processor.decode(answer, skip_special_tokens=True)
             return Reply(text, "length" if len(answer) >= self._longest else "stop", len(tokens))
 
-        return contextlib.nullcontext(say)
+        yield say
+        vars(self).pop("_parts", None)  # frees the memory
 
 
 def _template_parts(content: str | list[Any]) -> list[Any]:
