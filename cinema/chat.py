@@ -1,15 +1,20 @@
 """Asking a language or vision model, behind any OpenAI-compatible server, for an answer that a program can use."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import httpx
+import openai
+
 from cinema.errors import UserError
 
-PICTURE = 1_500  # tokens that a picture is taken to cost where the server does not say
+SETTINGS = ("CINEMA_LLM_BASE_URL", "CINEMA_LLM_API_KEY", "CINEMA_LLM_MODEL")
+PATIENCE_S = 120  # openai's client waits no longer, whatever Retry-After says
+TOKENS = 2_000  # what a request is taken to cost where the server does not say
 Answer = TypeVar("Answer")
-Say = Callable[[list[Any], int], "Reply"]  # (messages, 0, or 1 for the second try) -> the model's reply to them
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,17 @@ class Reply:
     tokens: int = 0
 
 
-class AnswerError(ValueError):
-    """The model gave no usable answer, asked twice; the message says what is wrong with the last, `reply`."""
+Say = Callable[[list[Any]], Reply]  # a conversation so far -> the model's reply to it
 
-    def __init__(self, fault: str, reply: Reply):
-        super().__init__(fault)
-        self.reply = reply
+
+class AnswerError(ValueError):
+    """The model gave no usable answer, asked twice; the message says what is wrong with the last."""
+
+
+class ServerError(UserError):
+    """The model cannot be asked, for now or, if not `passes`, until somebody mends something."""
+
+    passes = True
 
 
 @dataclass(frozen=True)
@@ -38,67 +48,87 @@ class Endpoint:
     model: str
 
 
-def endpoint_from_environment() -> Endpoint | None:
-    """The endpoint that CINEMA_LLM_* name; None where no address is set, UserError where one is but no model."""
-    if not (base_url := os.environ.get("CINEMA_LLM_BASE_URL")):
-        return None
-    if not (model := os.environ.get("CINEMA_LLM_MODEL")):
-        raise UserError("CINEMA_LLM_BASE_URL is set but CINEMA_LLM_MODEL is not; set it to the model's name")
-    return Endpoint(base_url, os.environ.get("CINEMA_LLM_API_KEY") or "none", model)
-
-
-def ask(
-    client: Any, model: str, system: str, question: Any, schema: dict[str, Any], read: Callable[[str], Answer]
-) -> Answer:
-    """Have a `converse` with a server about JSON of a schema; raises openai.OpenAIError if it gives no answer."""
-    return converse(
-        lambda messages, _: request(client, model, messages, schema), system, question, lambda reply: read(reply.text)
-    )
+def endpoint_from_environment(needed: tuple[str, ...] = SETTINGS) -> Endpoint:
+    """The endpoint that SETTINGS name; UserError tells which of those `needed` is missing."""
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UserError(f"a server's model is asked by address, key and name; set {missing[0]}")
+    return Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
 
 
 def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:
     """Ask a model, text or a list of parts; an answer that `read` refuses by ValueError goes back, once, with what is
     wrong. Raises AnswerError where the second answer is refused as well."""
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    for turn in range(2):
-        reply = say(messages, turn)
+    for _ in range(2):
+        reply = say(messages)
         try:
             return read(reply)
         except ValueError as error:
             fault = str(error)[:500]
         repair = f"Not usable: {fault}. Answer again with the mended JSON object alone."
         messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": repair}]
-    raise AnswerError(fault, reply)
+    raise AnswerError(fault)
 
 
-def request(client: Any, model: str, messages: list[Any], schema: dict[str, Any]) -> Reply:
-    """One request to an `openai.OpenAI`, whose import takes a second, so only those who ask pay for it.
+@contextlib.contextmanager
+def connect(
+    server: Endpoint, schema: Any, pay: Callable[[], None] = lambda: None, retries: int = 2, timeout: float = 300.0
+) -> Iterator[Say]:
+    """A server to `converse` with about JSON of a schema. Raises ServerError when it gives no answer.
 
-    Tokens are guessed where the server does not say. OpenAIError as its client raises it, and for what is no JSON.
+    What it refuses for now is repeated `retries` times, with back-off; `timeout` is in seconds. `pay` is called before
+    every request, and may raise.
     """
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+    asked: Any = {"model": server.model, "temperature": 0, "response_format": form}
+
+    def say(messages: list[Any]) -> Reply:
+        try:
+            answer = client.chat.completions.create(messages=messages, **asked)
+        except openai.APIError as error:
+            return _refusal(error)
+        except UnicodeEncodeError:
+            raise UserError("the server's key holds letters that no key has; correct CINEMA_LLM_API_KEY") from None
+        tokens = getattr(getattr(answer, "usage", None), "total_tokens", None)
+        tokens = tokens if isinstance(tokens, int) and tokens > 0 else TOKENS
+        try:  # some answer 200 with something else: what is not as it should be counts as nothing said
+            choice = answer.choices[0]
+            text, refused, finish = choice.message.content, choice.message.refusal, choice.finish_reason
+        except (AttributeError, LookupError, TypeError):
+            return Reply("", tokens=tokens)
+        finish = "content_filter" if refused else str(finish or "stop")
+        return Reply(text if isinstance(text, str) else "", finish, tokens)
+
+    hooks: Any = {"request": [lambda request: pay()], "response": [_check_json]}
+    where: Any = {"base_url": server.base_url, "api_key": server.api_key, "max_retries": retries, "timeout": timeout}
+    with openai.OpenAI(**where, http_client=openai.DefaultHttpxClient(event_hooks=hooks)) as client:
+        yield say
+
+
+def _check_json(response: Any) -> None:
+    """Have the client repeat a request that is answered by something else."""
+    response.read()
     try:
-        answer = client.chat.completions.create(model=model, messages=messages, temperature=0, response_format=form)
-    except UnicodeEncodeError:
-        raise UserError("the server's key holds letters that no key has; correct CINEMA_LLM_API_KEY") from None
+        _ = response.is_success and response.json()
     except ValueError:
-        answer = ""
-    if isinstance(answer, str):  # no JSON: no model said it
-        from openai import OpenAIError
-
-        raise OpenAIError("what answers is no JSON")
-    # Some servers answer 200 with something else: what is not as it should be counts as nothing said.
-    choice = next(iter(choices), None) if isinstance(choices := getattr(answer, "choices", None), list) else None
-    message, told = getattr(choice, "message", None), getattr(answer, "usage", None)
-    content, refused = getattr(message, "content", None), getattr(message, "refusal", None)
-    text, tokens = content if isinstance(content, str) else "", getattr(told, "total_tokens", None)
-    finish = "content_filter" if refused else str(getattr(choice, "finish_reason", None) or "stop")
-    return Reply(text, finish, tokens if isinstance(tokens, int) and tokens > 0 else _guess(messages, text))
+        raise httpx.DecodingError("what answers is no JSON") from None
 
 
-def _guess(messages: list[Any], answer: str) -> int:
-    """Tokens of a request whose server does not say: one for three letters, PICTURE for each picture."""
-    parts = [part for m in messages for part in (m["content"] if isinstance(m["content"], list) else [m["content"]])]
-    texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
-    pictures = sum(isinstance(part, dict) and "text" not in part for part in parts)
-    return PICTURE * pictures + (len(answer) + sum(map(len, texts))) // 3
+def _refusal(error: openai.APIError) -> Reply:
+    """What a model says by refusing a request; else raises ServerError."""
+    if error.code in ("content_filter", "content_policy_violation"):
+        return Reply("", "content_filter")
+    what, wait, passes = "does not answer", "", False
+    if isinstance(error, openai.APITimeoutError):
+        what, passes = "does not answer in time", True
+    elif isinstance(error, openai.APIStatusError):
+        wait, status = error.response.headers.get("retry-after", ""), error.status_code
+        what = f"answers {status} {error.response.reason_phrase}" + f", and asks to wait for {wait} s" * bool(wait)
+        passes = status not in (401, 402, 403, 404) and error.code != "insufficient_quota"
+    told = ServerError(
+        f"{error.request.url.host}: the model cannot be asked, for its server {what}; correct CINEMA_LLM_* or wait, "
+        "and run the same command again"
+    )
+    told.passes = passes and not (wait.isdigit() and int(wait) > PATIENCE_S)
+    raise told from None

@@ -4,7 +4,7 @@ Captions name a character by a tag such as ``<ada>``, and describe its look at i
 can be drawn right only by whoever remembers."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,10 +83,6 @@ class Shot(_Model):
         return value
 
 
-class _Bank(BaseModel):
-    cast: list[Character]
-
-
 class Story(_Model):
     """A whole story; see the module's text. Every tag in a caption is in the cast, every shot's set is listed."""
 
@@ -99,25 +95,24 @@ class Story(_Model):
     @model_validator(mode="after")
     def _names_agree(self) -> "Story":
         tags, places = [c.tag for c in self.cast], [p.name for p in self.sets]
-        if twice := {t for t in tags if tags.count(t) > 1}:
-            raise ValueError(f"the cast lists {', '.join(sorted(twice))} twice; give each character one entry")
-        if twice := {p for p in places if places.count(p) > 1}:
-            raise ValueError(f"the sets list {min(twice)!r} twice; give each set one entry")
-        cast = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
-        for where, mentioned, place in [*cast, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
-            if unknown := [t for t in mentioned if t not in tags]:
+        for where, names in (("cast", tags), ("sets", places)):
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                raise ValueError(f"{where} list {twice[0]!r} twice; keep one of them")
+        uses = [(f"cast.{i}", TAG.findall(c.description), None) for i, c in enumerate(self.cast)]
+        for where, mentioned, place in [*uses, *((f"shots.{i}", s.tags, s.set) for i, s in enumerate(self.shots))]:
+            if unknown := [tag for tag in mentioned if tag not in tags]:
                 raise ValueError(f"{where}: {unknown[0]} is not in the cast; add it there or correct the tag")
-            if place is not None and place not in places:
+            if place not in (None, *places):
                 raise ValueError(f"{where}: the set {place!r} is not listed under sets; add it there")
         return self
-
-    def character(self, tag: str) -> Character:
-        """The character with this tag; KeyError if there is none."""
-        return {c.tag: c for c in self.cast}[tag]
 
     def first_appearances(self) -> dict[str, int]:
         """Tag → index of the first shot whose caption names it."""
         return {tag: i for i, shot in reversed([*enumerate(self.shots)]) for tag in shot.tags}
+
+
+class _Bank(BaseModel):
+    cast: list[Character]
 
 
 def load_story(path: str | Path) -> Story:
@@ -144,19 +139,31 @@ def parse_story(text: str, name: str = "story") -> Story:
     return _parse(text, name)
 
 
+class _Loader(yaml.CSafeLoader):
+    """Refuses a key that its mapping has had before: YAML lets the last win, and the first would be lost unsaid."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"{_short(key.value)} stands there a second time"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, name: str, alone: bool = False) -> Any:
     """A story; a cast may stand `alone`."""
     try:
-        node, data = yaml.compose(text, yaml.CSafeLoader), yaml.load(text, yaml.CSafeLoader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         where = f", line {mark.line + 1}" if mark else ""
         raise StoryError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
     if node is None or not isinstance(data, dict):
         raise StoryError(f"{name}: not a story; it needs title, cast, sets and shots")
-    if twice := next(_repeated(node), None):
-        line, key = twice.start_mark.line + 1, _short(twice.value)
-        raise StoryError(f"{name}, line {line}: {key} stands there a second time; keep one of them")
     try:
         return (_Bank if alone and list(data) == ["cast"] else Story).model_validate(data)
     except ValidationError as error:
@@ -171,20 +178,12 @@ def save_story(story: Story, path: str | Path) -> None:
 
 def _one_sentence(name: str, node: yaml.Node, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    steps, kind, value = list[Any](first["loc"]), first["type"], first["input"]
-    message = first["msg"].removeprefix("Value error, ")
-    if not steps and (found := re.match(r"(shots|cast)\.(\d+): ", message)):
+    steps, message = list[Any](first["loc"]), first["msg"].removeprefix("Value error, ")
+    if found := re.match(r"(shots|cast)\.(\d+): ", message):
         steps, message = [found[1], int(found[2])], message[found.end() :]
-    if kind == "too_long":  # of lists, the shots alone are bounded
-        message = f"{len(value)} shots; a story holds at most {MAX_SHOTS}, split it"
-    elif kind == "too_short":
-        message = "a story needs at least one shot; add one with a caption"
-    elif kind == "missing":
-        message = "is missing; add it"
-    elif kind == "extra_forbidden":
-        message = "is not a known key; remove or correct it"
-    elif kind != "value_error" and not isinstance(value, dict | list):
-        message = f"{message[0].lower()}{message[1:]}, not {_short(value)}"
+    if first["type"] != "value_error":  # pydantic's words
+        given = "" if isinstance(first["input"], dict | list) else f" ({_short(first['input'])} is given)"
+        message = f"{message[0].lower()}{message[1:]}{given}; correct it"
     for step in steps:  # to the node in question, or as near as there is one
         pairs = [(k.value, v) for k, v in node.value] if isinstance(node, yaml.MappingNode) else enumerate(node.value)
         node = next((inner for key, inner in pairs if key == step), node)
@@ -194,16 +193,3 @@ def _one_sentence(name: str, node: yaml.Node, error: ValidationError) -> str:
 def _short(value: object) -> str:
     """Input as an error message shows it."""
     return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
-
-
-def _repeated(root: yaml.Node) -> Iterator[yaml.Node]:
-    """Keys that their mapping has had before: YAML lets the last win, and the first would be lost unsaid."""
-    waiting, known = [root], set[int]()  # a node may stand in many places, or in itself
-    for node in waiting:
-        if id(node) in known or not isinstance(node, yaml.CollectionNode):
-            continue
-        known.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys = [(key.tag, str(key.value)) for key, _ in node.value]
-            yield from (key for i, (key, _) in enumerate(node.value) if keys[i] in keys[:i])
-        waiting += [child[1] if isinstance(child, tuple) else child for child in node.value]

@@ -17,7 +17,7 @@ from cinema.errors import UserError
 MAX_CAST = 100
 LOOKS = ("colour", "shape", "hat")
 _PEOPLE = ("name", "pronoun", "creature", "group")
-_OF_THE_WORLD = ("place", "size", "camera", "position", "action", *LOOKS)
+_TOLD = ("place", "size", "camera", "position", "action", *LOOKS)
 _SMALL = ("det", "prep", "filler", "link")  # kinds that stand between the words that count
 _WEATHER = ("snow", "night")  # these give way to a set that is a place: a moonlit forest is a forest
 _LEXICON = yaml.safe_load(Path(__file__).with_name("lexicon.yaml").read_text(encoding="utf-8"))
@@ -34,6 +34,9 @@ class _Token:
     end: int
     used: bool
     tags: tuple[str, ...] = ()  # whom it names
+
+
+_NONE = _Token("", "", "", 0, 0, False)
 
 
 @dataclass
@@ -55,18 +58,6 @@ def _pattern(names: set[str]) -> re.Pattern[str]:
             words = words.replace(")+", r")(?:e?s|\w?ed|\w?ing)?").replace("~", "(?:e[sd]?|ing)").replace("\n", "|")
             parts.append(f"(?P<{kind}__{value.replace(' ', '_')}>{edge}(?:{words}){edge})")
     return re.compile("|".join([*parts, r"(?P<word>[^\W_][\w-]*)"]), re.IGNORECASE)
-
-
-def _tokens(text: str, pattern: re.Pattern[str]) -> list[_Token]:
-    found: list[_Token] = []
-    for match in pattern.finditer(text):
-        kind, _, value = (match.lastgroup or "").partition("__")
-        if kind == "name" and found and found[-1].kind == kind and match.start() - found[-1].end == 1:
-            found[-1].end = match.end()  # a surname
-        else:
-            used = kind not in ("word", "denied")
-            found.append(_Token(kind, value.replace("_", " "), match[0], *match.span(), used))
-    return found
 
 
 def _sentences(text: str) -> tuple[str | None, list[str]]:
@@ -110,27 +101,36 @@ class StorylineReader:
         self.names = _names(sentences)
         if len(self.names) > MAX_CAST:
             raise UserError(f"the storyline names {len(self.names)} characters; a story has {MAX_CAST} at most")
-        self.pattern = _pattern(self.names)
         self.cast = dict[str, dict[str, str]]()
         self.recent, self.doers = list[str](), list[str]()  # tags, last mentioned last; who acted last
         self.said = dict[str, str]()  # tag -> she, he or it
-        self.nouns = dict[str, str]()  # "fox" -> tag
         self.tags_of = dict[str, str]()  # "Ada" or "fox", in lower case -> tag
         self.beats, self.understood, self.left_out = list[Beat](), list[str](), list[str]()
+        pattern = _pattern(self.names)
         for number, sentence in enumerate(sentences, 1):
-            self._read(f"sentence {number}: ", sentence)
+            self._read(f"sentence {number}: ", sentence, pattern)
         if not self.beats:
             raise UserError("the storyline names no set, character or action that I know; say who does what and where")
         if not self.cast:
             self._invent()
 
-    def _read(self, where: str, text: str) -> None:
-        self.tokens, self.beat = _tokens(text, self.pattern), Beat()
+    def _read(self, where: str, text: str, pattern: re.Pattern[str]) -> None:
+        tokens, self.beat = list[_Token](), Beat()
+        for match in pattern.finditer(text):
+            kind, _, value = (match.lastgroup or "").partition("__")
+            if kind == "name" and tokens and tokens[-1].kind == kind and match.start() - tokens[-1].end == 1:
+                tokens[-1].end = match.end()  # a surname
+            else:
+                used = kind not in ("word", "denied")
+                tokens.append(_Token(kind, value.replace("_", " "), match[0], *match.span(), used))
         self.waiting = list[str]()  # named, and yet to act
         self.ahead = dict[str, _Token]()  # said of whoever is named next
-        for i, token in enumerate(self.tokens):
+        self.clause = list[_Token]()  # tokens before this one, as far as they belong together
+        for i, token in enumerate(tokens):
+            self.past, self.coming = tokens[:i], tokens[i + 1 :]
             if handle := getattr(self, f"_on_{token.kind}", None):
-                handle(i, token)
+                handle(token)
+            self.clause = [] if token.kind in ("link", "pause", "break") else [*self.clause, token]
         if action := self.ahead.pop("action", None):
             self._act(action)
         if "position" in self.ahead and self.beat.actors:
@@ -138,76 +138,72 @@ class StorylineReader:
         self.doers = self.waiting or self.doers
         if self.beat.actors or self.beat.setting:
             self.beats.append(self.beat)
-        told = [t for t in self.tokens if t.used and (t.tags or t.kind in _OF_THE_WORLD)]
-        marks = "".join("x" if not t.used else "-" if t.kind in _SMALL else "." for t in self.tokens)
-        unused = [self.tokens[m.start() : m.end()] for m in re.finditer("x(?:-*x)*", marks)]
-        understood = [f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in told]
-        left_out = [f"“{text[words[0].start : words[-1].end]}”" for words in unused]
-        self.understood += [where + "; ".join(understood)] if understood else []
-        self.left_out += [where + "; ".join(left_out)] if left_out else []
+        told = [
+            f"“{t.text}” = {', '.join(t.tags) or t.value}" for t in tokens if t.used and (t.tags or t.kind in _TOLD)
+        ]
+        marks = "".join("x" if not t.used else "-" if t.kind in _SMALL else "." for t in tokens)
+        spans = [(tokens[m.start()].start, tokens[m.end() - 1].end) for m in re.finditer("x(?:-*x)*", marks)]
+        self.understood += [where + "; ".join(told)] if told else []
+        self.left_out += [where + "; ".join(f"“{text[start:end]}”" for start, end in spans)] if spans else []
 
     def _cut(self, keep: dict[str, str | None]) -> None:
         """Begin another shot within the sentence, with these actors; who only just came leaves the old one."""
+        if not self.beat.actors:
+            return
         for tag in keep:
             if self.beat.actors.get(tag, "") is None and len(self.beat.actors) > 1:
                 del self.beat.actors[tag]
         self.beats.append(self.beat)
         self.beat = Beat(dict(keep))
 
-    def _clause(self, i: int) -> list[_Token]:
-        """The tokens of this clause before token i."""
-        start = max((j + 1 for j in range(i) if self.tokens[j].kind in ("link", "pause", "break")), default=0)
-        return self.tokens[start:i]
+    def _before(self, *skip: str) -> _Token:
+        return next((t for t in reversed(self.past) if t.kind not in skip), _NONE)
 
-    def _before(self, i: int, *skip: str) -> _Token | None:
-        return next((t for t in reversed(self.tokens[:i]) if t.kind not in skip), None)
+    def _on_name(self, token: _Token) -> None:
+        self._mention(token, self._tag(token.text))
 
-    def _on_name(self, i: int, token: _Token) -> None:
-        self._mention(i, self._tag(token.text))
-
-    def _on_pronoun(self, i: int, token: _Token) -> None:
-        sex, word = token.value, token.text.lower()
-        acts = [t.kind for t in self.tokens[i + 1 : i + 2]] == ["action"]
-        if word == "it" and not acts and "it" not in self.said.values():
+    def _on_pronoun(self, token: _Token) -> None:
+        """`she`, `him`, `both`: the last who fit; `two friends` whom nobody has named are invented."""
+        word, many = token.text.lower(), token.value.isdigit()
+        count = int(token.value) if many else 1
+        it = word == "it" and [t.kind for t in self.coming[:1]] != ["action"]
+        if it and "it" not in self.said.values():
             return  # `it is cold` is about nobody
-        acted_on = word in ("him", "her") or (word == "it" and not acts)
-        others = [t for t in reversed(self.recent) if not (acted_on and t in self.doers + self.waiting)]
-        fitting = [t for t in others if self.said.get(t, sex) == sex] or others or self.recent[-1:] or [self._invent()]
-        self.said.setdefault(fitting[0], sex)
-        self._mention(i, fitting[0])
-
-    def _on_group(self, i: int, token: _Token) -> None:
-        count, word = int(token.value), token.text.lower()
-        while not self.names and len(self.cast) < count and (not self.cast or word.startswith("t")):  # `two`, `they`
+        while many and not self.names and len(self.cast) < count and (not self.cast or word.startswith("t")):
             self._invent()
-        others = [t for t in self.recent if word != "them" or t not in self.doers + self.waiting]
-        self._mention(i, *sorted(others[-count:], key=list(self.cast).index))
+        busy = self.doers + self.waiting if it or word in ("him", "her", "them") else []
+        others = [t for t in self.recent if t not in busy]
+        if not many:
+            fitting = [t for t in others if self.said.get(t, token.value) == token.value]
+            others = fitting or others or self.recent[-1:] or [self._invent()]
+            self.said.setdefault(others[-1], token.value)
+        self._mention(token, *sorted(others[-count:], key=list(self.cast).index))
 
-    def _on_creature(self, i: int, token: _Token) -> None:
+    def _on_creature(self, token: _Token) -> None:
         """`the fox` is whoever was called so, or the name beside it, or a character of its own."""
-        noun, before = token.text.lower(), self._before(i, "det", "word", "pause", "filler", *LOOKS)
-        after = [t for t in self.tokens[i + 1 :] if t.kind != "called"][:3]
+        noun, before = token.text.lower(), self._before("det", "word", "pause", "filler", *LOOKS)
+        after = [t for t in self.coming if t.kind != "called"][:3]
         kinds = [t.kind for t in after]
-        if before and before.kind == "name":
-            self.nouns[noun], token.tags = before.tags[0], before.tags
+        if before.kind == "name":
+            self.tags_of[noun], token.tags = before.tags[0], before.tags
             self._describe(before.tags[0])
         elif kinds[:1] == ["name"] or kinds in (["pause", "name"], ["pause", "name", "pause"]):
-            self.nouns[noun] = self._tag(after[kinds.index("name")].text)
+            self.tags_of[noun] = self._tag(after[kinds.index("name")].text)
         else:
-            self._mention(i, self.nouns.setdefault(noun, self._tag(noun)))
+            self._mention(token, self._tag(noun))
         if token.value != "any":
-            self.said.setdefault(self.nouns[noun], token.value)
+            self.said.setdefault(self.tags_of[noun], token.value)
 
-    def _mention(self, i: int, *tags: str) -> None:
+    def _mention(self, token: _Token, *tags: str) -> None:
         """Somebody is named: as one who will act, or as one acted upon."""
-        clause, before = self._clause(i), self._before(i, "det", *LOOKS)
-        joins = before and before.text.lower() in ("with", "beside") and self.doers and self.beat.actors
-        acted_on = before and (
-            (before.kind == "prep" and clause[:1] != [before])  # `with Bo, Ada ...` begins a clause
+        before = self._before("det", *LOOKS)
+        joins = before.text.lower() in ("with", "beside") and self.doers and self.beat.actors
+        acted_on = (
+            (before.kind == "prep" and self.clause[:1] != [before])  # `with Bo, Ada ...` begins a clause
             or (before.kind == "action" and "action" not in self.ahead)  # `there stands Ada`
-            or (before.kind == "word" and any(t.tags for t in clause))
+            or (before.kind == "word" and any(t.tags for t in self.clause))
         )
-        self.tokens[i].tags = tags
+        token.tags = tags
         for tag in tags:
             self.recent = [*(t for t in self.recent if t != tag), tag]
             self._describe(tag)
@@ -223,10 +219,10 @@ class StorylineReader:
 
     def _tag(self, name: str) -> str:
         plain = re.sub(r"[^a-z0-9_-]", "", unicodedata.normalize("NFKD", name).lower()).lstrip("0123456789_-")
-        first, key = zlib.crc32(name.encode()) % len(TOY_NAMES), name.casefold()
-        others = (*TOY_NAMES[first:], *TOY_NAMES[:first])  # for names that leave nothing, or what another has
-        wanted = [f"<{word}>" for word in (plain, *others) if word]
-        return self.tags_of.setdefault(key, next((t for t in wanted if t not in self.tags_of.values()), wanted[0]))
+        first = zlib.crc32(name.encode()) % len(TOY_NAMES)  # for names that leave nothing, or what another has
+        wanted = [f"<{word}>" for word in (plain, *TOY_NAMES[first:], *TOY_NAMES[:first]) if word]
+        free = [tag for tag in wanted if tag not in self.tags_of.values()] or wanted
+        return self.tags_of.setdefault(name.casefold(), free[0])
 
     def _invent(self) -> str:
         tag = next(f"<{name}>" for name in TOY_NAMES if f"<{name}>" not in self.cast)
@@ -235,18 +231,17 @@ class StorylineReader:
         self.understood.append(f"the text names nobody here, so {tag} plays the part")
         return tag
 
-    def _on_action(self, i: int, token: _Token) -> None:
-        clause = self._clause(i)
-        nouns = [t for t in clause if t.kind == "word" and not t.text.endswith("ly")]
-        if nouns and clause[0].kind == "det" and not any(t.tags for t in clause):
-            # somebody unknown acts: a leaf, the wind
+    def _on_action(self, token: _Token) -> None:
+        nouns = [t for t in self.clause if t.kind == "word" and not t.text.endswith("ly")]
+        if nouns and self.clause[0].kind == "det" and not any(t.tags for t in self.clause):  # a leaf, the wind
             token.used = nouns[-1].used = not self.names and token.value != "standing"
             if token.used:
-                self._mention(self.tokens.index(nouns[-1]), self._tag(nouns[-1].text))
-                self._act(token)
-        elif not any(t.tags for t in self.tokens[:i]) and any(t.kind in _PEOPLE for t in self.tokens[i:]):
+                self.past = self.past[: self.past.index(nouns[-1])]
+                self._on_name(nouns[-1])
+        elif not any(t.tags for t in self.past) and any(t.kind in _PEOPLE for t in self.coming):
             self.ahead["action"] = token
-        else:
+            return
+        if token.used:
             self._act(token)
 
     def _act(self, token: _Token) -> None:
@@ -258,58 +253,52 @@ class StorylineReader:
         self.beat.actors |= {d: token.value for d in doers if not (standing and self.beat.actors.get(d))}
         self.doers, self.waiting = doers, []
 
-    def _on_break(self, i: int, token: _Token) -> None:
-        if self.beat.actors:
-            self._cut({})
+    def _on_break(self, token: _Token) -> None:
+        self._cut({})
 
-    def _on_position(self, i: int, token: _Token) -> None:
-        clause = self._clause(i)
-        acts = any(t.kind == "action" for t in clause) and "action" not in self.ahead
-        if owners := [t.tags[0] for t in clause if t.tags] or (self.doers if acts else []):
+    def _on_position(self, token: _Token) -> None:
+        acts = any(t.kind == "action" for t in self.clause) and "action" not in self.ahead
+        if owners := [t.tags[0] for t in self.clause if t.tags] or (self.doers if acts else []):
             self.beat.positions[owners[-1]] = token.value
         else:  # `on the left, Ada ...`
             self.ahead["position"] = token
 
-    def _on_place(self, i: int, token: _Token) -> None:
-        old, before = self.beat.setting.get("place"), self._before(i, "det", "word")
-        link = before.text.lower() if before else ""
+    def _on_place(self, token: _Token) -> None:
+        old, link = self.beat.setting.get("place"), self._before("det", "word").text.lower()
         goes = link in ("to", "into", "toward", "towards", "reaches")
         if old and not goes and (token.value in _WEATHER or link in ("by", "of", "near", "beside")):
             token.used = old == token.value  # a village by the sea is a village
-        elif old in _WEATHER and not goes:
-            self.beat.setting["place"] = token.value
-            for t in self.tokens[:i]:
+            return
+        if old in _WEATHER and not goes:
+            del self.beat.setting["place"]
+            for t in self.past:
                 t.used = t.used and t.value != old
-        else:
-            self._set(i, token)
+        self._on_size(token)
 
-    def _set(self, i: int, token: _Token) -> None:
+    def _on_size(self, token: _Token) -> None:
         """Place, size or camera of the beat; a second one begins another shot of the same actors."""
-        old = self.beat.setting.get(token.kind)
-        if old not in (None, token.value) and self.beat.actors:
+        if self.beat.setting.get(token.kind, token.value) != token.value:
             self._cut(dict(self.beat.actors))
         self.beat.setting[token.kind] = token.value
 
-    _on_size = _on_camera = _set
-
-    def _on_look(self, i: int, token: _Token) -> None:
+    def _on_look(self, token: _Token) -> None:
         """A look is of the name that follows, or else of the name before, unless its owner does something between."""
 
         def passes(t: _Token, *kinds: str) -> bool:
             return t.kind in ("called", *LOOKS, *kinds) or (t.kind == "word" and not _VERB.search(t.text))
 
-        token.used, is_hat, following = False, token.kind == "hat", self.tokens[i + 1 :]
-        if not is_hat and any(t.kind in ("hat", "place") or t.text in ("hat", "cap") for t in following[:1]):
+        token.used, is_hat = False, token.kind == "hat"
+        if not is_hat and any(t.kind in ("hat", "place") or t.text in ("hat", "cap") for t in self.coming[:1]):
             return  # the hat's own colour, the blue sea
-        after = next((t for t in following if not (passes(t) or t.text == "and")), None)
-        preceding, small = reversed(self.tokens[:i]), ("det", "filler", "link", "pause")
-        before = next((t for t in preceding if t.tags or not (is_hat or passes(t, *small) or t.text == "with")), None)
-        if after and after.kind in ("name", "creature"):
+        after = next((t for t in self.coming if not (passes(t) or t.text == "and")), _NONE)
+        preceding, small = reversed(self.past), ("det", "filler", "link", "pause")
+        before = next((t for t in preceding if t.tags or not (is_hat or passes(t, *small) or t.text == "with")), _NONE)
+        if after.kind in ("name", "creature"):
             self.ahead[token.kind] = token
-        elif before and len(before.tags) == 1:
+        elif len(before.tags) == 1:
             self._describe(before.tags[0], token)
 
-    _on_colour = _on_shape = _on_hat = _on_look
+    _on_camera, _on_group, _on_colour, _on_shape, _on_hat = _on_size, _on_pronoun, _on_look, _on_look, _on_look
 
     def _describe(self, tag: str, *looks: _Token) -> None:
         """Give a character these looks, or those said ahead; they last through the story: the first word stands."""

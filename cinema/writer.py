@@ -4,12 +4,14 @@
 the text leaves open is chosen, always the same way, and said."""
 
 import json
+import os
 import random
 import re
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import permutations
 
-from cinema.chat import AnswerError, Endpoint, ask, endpoint_from_environment
+from cinema.chat import SETTINGS, AnswerError, Endpoint, Reply, connect, converse, endpoint_from_environment
 from cinema.errors import UserError
 from cinema.story import MAX_SHOTS, Story, parse_story
 from cinema.storyline import LOOKS, Beat, StorylineReader
@@ -17,7 +19,6 @@ from cinema.toyworld import world
 from cinema.toyworld.world import Actor, Look, Setup
 
 MAX_CHARACTERS = 200_000  # of a storyline; a novel of 5,000 shots is about as long
-_MOST_ACTORS = {"wide": 3, "medium": 2, "close": 1}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def write_story(storyline: str, title: str | None = None, endpoint: Endpoint | N
         raise UserError("the storyline is empty; write a few sentences such as 'Ada jumps in the forest.'")
     if len(storyline) > MAX_CHARACTERS:
         raise UserError(f"the storyline has {len(storyline):,} characters; shorten it to {MAX_CHARACTERS:,} at most")
-    endpoint = endpoint or endpoint_from_environment()
+    if endpoint is None and os.environ.get(SETTINGS[0]):
+        endpoint = endpoint_from_environment(SETTINGS[::2])  # some servers ask for no key
     return _ask(endpoint, storyline, title) if endpoint else _read(storyline, title)
 
 
@@ -53,94 +55,87 @@ def caption_faults(story: Story) -> list[str]:
         except ValueError as error:
             faults.append(f"shots.{i}: {error}")
             continue
-        tags = {actor.tag for actor in setup.actors}
+        tags, spots = {actor.tag for actor in setup.actors}, [actor.position for actor in setup.actors]
         if set(looks) != tags - seen:
             faults.append(f"shots.{i}: a look belongs to the caption of a character's first appearance, and only there")
         if shot.set not in (None, setup.place):
             faults.append(f"shots.{i}: the set is {shot.set!r} but the caption says {setup.place!r}")
-        spots = {actor.position for actor in setup.actors}
-        crowded = not 1 <= len(spots) == len(setup.actors) <= _MOST_ACTORS[setup.size]
-        if crowded or (setup.size == "medium" and len(spots) == 2 and "center" in spots):
-            faults.append(f"shots.{i}: {len(setup.actors)} actors do not fit a {setup.size} shot in these positions")
+        if not spots or tuple(spots) not in permutations(_free(setup.size, len(spots)), len(spots)):
+            faults.append(f"shots.{i}: {len(spots)} actors do not fit a {setup.size} shot in these positions")
         seen |= tags
     return faults
 
 
-@dataclass
-class _Stage:
-    """Turns beats into setups; what the text leaves open it chooses, and `chosen` says so."""
+def _free(size: str, actors: int) -> list[str]:
+    """Positions that so many actors may take in a shot of that size, the usual ones first; none if they do not fit."""
+    usual = {1: ["center", "left", "right"], 2: ["left", "right", "center"], 3: ["left", "center", "right"]}
+    fits = actors <= {"wide": 3, "medium": 2, "close": 1}[size]
+    return usual[actors][: 2 if (size, actors) == ("medium", 2) else 3] if fits else []
 
-    cast: list[str]
-    place: str  # the set at hand
-    setups: list[Setup] = field(default_factory=list)
-    chosen: list[str] = field(default_factory=list)
-    carried: dict[str, str] = field(default_factory=dict)  # directions for the shot to come
-    camera_given: bool = False
 
-    def play(self, beat: Beat) -> None:
-        """Stage one beat, as one shot or several; mere directions go with the shot before or after."""
+def _stage(beats: list[Beat], cast: list[str], place: str) -> tuple[list[Setup], list[str]]:
+    """Beats as setups, the first of them at `place`; what the text leaves open is chosen, and told beside them.
+
+    Mere directions go with the shot before or after.
+    """
+    setups, chosen, carried, camera_given = list[Setup](), list[str](), dict[str, str](), False
+    for beat in beats:
         if not beat.actors and "place" not in beat.setting:
-            if set(beat.setting) == {"camera"} and self.setups and not self.camera_given:
-                self.setups[-1] = replace(self.setups[-1], camera=beat.setting["camera"])
-            else:
-                self.carried |= beat.setting
-            return
-        setting, self.carried = self.carried | beat.setting, {}
-        actors = list(beat.actors) or ([a.tag for a in self.setups[-1].actors] if self.setups else self.cast[:1])
+            if set(beat.setting) == {"camera"} and setups and not camera_given and not carried:
+                setups[-1] = replace(setups[-1], camera=beat.setting["camera"])
+                continue
+            if beat is not beats[-1]:
+                carried |= beat.setting
+                continue
+        setting, carried = carried | beat.setting, {}
+        actors = list(beat.actors) or ([a.tag for a in setups[-1].actors] if setups else cast[:1])
         groups = [actors[n : n + 3] for n in range(0, len(actors), 3)]
         if setting.get("size") == "close":
             groups = [[a] for a in actors if a not in beat.objects] or [actors[:1]]
         for group in groups:
-            self._shoot(group, beat, setting)
-
-    def _shoot(self, group: list[str], beat: Beat, setting: dict[str, str]) -> None:
-        place, actions = setting.get("place", self.place), [beat.actors.get(tag) or "standing" for tag in group]
-        centred = len(group) == 2 and "center" in map(beat.positions.get, group)
-        fits = ["wide"] if centred else [size for size, most in _MOST_ACTORS.items() if len(group) <= most]
-        if setting.get("size") in fits:
-            size = setting["size"]
-        elif not self.setups or place != self.place or fits == ["wide"]:
-            size = "wide"
-        else:  # close now and then
-            still = not {"walking", "jumping"} & set(actions)
-            size = "close" if "close" in fits and still and self.setups[-1].size != "close" else "medium"
-        usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
-        camera, spots = setting.get("camera", usual), _spots(group, beat.positions, size)
-        actors = tuple(Actor(tag, spots[tag], action) for tag, action in zip(group, actions, strict=True))
-        self.setups.append(Setup(place, size, camera, actors))
-        self.place, self.camera_given = place, "camera" in setting
-        if picked := [size] * (setting.get("size") != size) + [camera] * ("camera" not in setting):
-            self.chosen.append(f"shot {len(self.setups)}: {', '.join(picked)}")
+            setup = _setup(group, beat, setting, setups[-1] if setups else None, setting.get("place", place))
+            setups.append(setup)
+            place, camera_given = setup.place, "camera" in setting
+            if picked := [
+                getattr(setup, kind) for kind in ("size", "camera") if setting.get(kind) != getattr(setup, kind)
+            ]:
+                chosen.append(f"shot {len(setups)}: {', '.join(picked)}")
+    return setups, chosen
 
 
-def _spots(group: list[str], told: dict[str, str], size: str) -> dict[str, str]:
-    """Different positions for all, the told ones where they are free."""
-    free = [["center", "left", "right"], ["left", "right", "center"], ["left", "center", "right"]][len(group) - 1]
-    free, spots = free[:2] if len(group) == 2 and size == "medium" else free, dict[str, str]()
-    for tag in sorted(group, key=lambda t: t not in told):
-        spots[tag] = told[tag] if told.get(tag) in free else free[0]
-        free.remove(spots[tag])
-    return spots
+def _setup(group: list[str], beat: Beat, setting: dict[str, str], before: Setup | None, place: str) -> Setup:
+    """The shot of a beat that shows this group; `before` is the last one."""
+    actions = [beat.actors.get(tag) or "standing" for tag in group]
+    centred = len(group) == 2 and "center" in map(beat.positions.get, group)
+    fits = ["wide"] if centred else [size for size in ("wide", "medium", "close") if _free(size, len(group))]
+    if setting.get("size") in fits:
+        size = setting["size"]
+    elif before is None or place != before.place or fits == ["wide"]:
+        size = "wide"
+    else:  # close now and then
+        still = not {"walking", "jumping"} & set(actions)
+        size = "close" if "close" in fits and still and before.size != "close" else "medium"
+    usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
+    told = [beat.positions.get(tag) for tag in group]
+    orders = permutations(_free(size, len(group)), len(group))
+    spots = max(orders, key=lambda order: sum(spot == wish for spot, wish in zip(order, told, strict=True)))
+    return Setup(place, size, setting.get("camera", usual), tuple(map(Actor, group, spots, actions)))
 
 
 def _read(storyline: str, title: str | None) -> WrittenStory:
     reader = StorylineReader(storyline)
     places = [b.setting["place"] for b in reader.beats if "place" in b.setting]
-    stage = _Stage(list(reader.cast), place=places[0] if places else "forest")
-    for beat in reader.beats:
-        stage.play(beat)
-    if stage.carried:  # directions and nobody left to follow them: once more whoever was there
-        stage.play(Beat(setting=stage.carried | {"place": stage.place}))
-    if len(stage.setups) > MAX_SHOTS:
-        raise UserError(f"the storyline makes {len(stage.setups)} shots; a story holds at most {MAX_SHOTS}, split it")
+    setups, chosen = _stage(reader.beats, list(reader.cast), places[0] if places else "forest")
+    if len(setups) > MAX_SHOTS:
+        raise UserError(f"the storyline makes {len(setups)} shots; a story holds at most {MAX_SHOTS}, split it")
     looks, notes = _looks(reader.cast)
     notes = reader.understood + notes + ["no set is named, so it is a forest"] * (not places)
-    notes += [f"chosen, as the text does not say: {'; '.join(stage.chosen)}"] if stage.chosen else []
-    cast = {actor.tag: looks[actor.tag] for setup in stage.setups for actor in setup.actors}
+    notes += [f"chosen, as the text does not say: {'; '.join(chosen)}"] if chosen else []
+    cast = {actor.tag: looks[actor.tag] for setup in setups for actor in setup.actors}
     people = " and ".join(tag[1:-1].capitalize() for tag in list(cast)[:2])
-    title = (title or reader.heading or f"{people}: {stage.setups[0].place}")[:200]
-    sets = {setup.place: world.sample_set(setup.place, random.Random(title)) for setup in stage.setups}
-    return WrittenStory(world.Movie(title, cast, sets, stage.setups).story(), notes, reader.left_out)
+    title = (title or reader.heading or f"{people}: {setups[0].place}")[:200]
+    sets = {setup.place: world.sample_set(setup.place, random.Random(title)) for setup in setups}
+    return WrittenStory(world.Movie(title, cast, sets, setups).story(), notes, reader.left_out)
 
 
 def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]:
@@ -159,11 +154,9 @@ def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]
 
 
 def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:
-    from openai import OpenAI, OpenAIError
-
-    def read(answer: str) -> Story:
-        found = re.search(r"\{.*\}", answer, re.DOTALL)
-        story = parse_story(json.dumps(json.loads(found[0] if found else answer)), "answer")
+    def read(reply: Reply) -> Story:
+        found = re.search(r"\{.*\}", reply.text, re.DOTALL)
+        story = parse_story(json.dumps(json.loads(found[0] if found else reply.text)), "answer")
         for shot in story.shots:  # a language model has made no files
             shot.keyframe = shot.clip = shot.source = None
         if faults := caption_faults(story):
@@ -171,14 +164,11 @@ def _ask(endpoint: Endpoint, storyline: str, title: str | None) -> WrittenStory:
         return story.model_copy(update={"title": title or story.title})
 
     try:
-        with OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, timeout=300) as client:
-            story = ask(client, endpoint.model, _BRIEF, storyline, Story.model_json_schema(), read)
+        with connect(endpoint, Story.model_json_schema()) as say:
+            story = converse(say, _BRIEF, storyline, read)
     except AnswerError as error:
         fault = f"{endpoint.model} gave no valid story in two tries ({error}); try another model or storyline"
         raise UserError(fault) from None
-    except OpenAIError as error:
-        reason, advice = " ".join(str(error).split())[:200], "mend CINEMA_LLM_BASE_URL, or unset it for our own reader"
-        raise UserError(f"the language model {endpoint.model} cannot be asked ({reason}); {advice}") from None
     return WrittenStory(story, [f"{endpoint.model} wrote {len(story.shots)} shots"], [])
 
 

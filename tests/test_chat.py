@@ -1,52 +1,69 @@
-import httpx
-import pytest
-from openai import OpenAI, OpenAIError
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from cinema.chat import PICTURE, AnswerError, ask, request
+import pytest
+
+from cinema.chat import TOKENS, AnswerError, Endpoint, Reply, ServerError, connect, converse
 from cinema.errors import UserError
 
 ODD = ['{"choices": ["a"]}', '{"choices": {"a": 1}}', '{"choices": [null], "usage": {"total_tokens": "9"}}']
 ODD += ["[]", '{"choices": []}', '{"choices": [{"message": {}}]}', '{"choices": [{"message": {"content": ["a"]}}]}']
 
 
+@pytest.fixture
+def serve():
+    """serve(body) starts a server that answers this, and tells its endpoint and the list of what it was asked."""
+    running = list[tuple[HTTPServer, threading.Thread]]()
+
+    def start(body: str) -> tuple[Endpoint, list[str]]:
+        asked = list[str]()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        running.append((server, threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})))
+        running[-1][1].start()
+        return Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "k", "m"), asked
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def number(reply: Reply) -> int:
+    return int(reply.text)
+
+
 @pytest.mark.parametrize(
-    ("body", "error"), [*((b, AnswerError) for b in ODD), *((b, OpenAIError) for b in ('{"ch', "a"))]
+    ("body", "error"), [*((b, AnswerError) for b in ODD), *((b, ServerError) for b in ('{"ch', "a"))]
 )
-def test_a_server_that_sends_something_else_is_asked_twice_and_no_json_is_no_answer(body, error):
-    asked = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
-        return httpx.Response(200, text=body, headers={"Content-Type": "application/json"})
-
-    with (
-        OpenAI(
-            base_url="http://none/v1", api_key="k", http_client=httpx.Client(transport=httpx.MockTransport(answer))
-        ) as client,
-        pytest.raises(error),
-    ):
-        ask(client, "m", "system", "question", {"type": "object"}, int)
+def test_a_server_that_sends_something_else_is_asked_twice_and_no_json_is_no_answer(serve, body, error):
+    endpoint, asked = serve(body)
+    with connect(endpoint, {"type": "object"}, retries=0) as say, pytest.raises(error):
+        converse(say, "system", "question", number)
     assert len(asked) == (2 if error is AnswerError else 1)
 
 
-def test_tokens_are_guessed_where_the_server_does_not_say():
-    picture = {"type": "image_url", "image_url": {"url": "data:..."}}
-    messages = [
-        {"role": "system", "content": "x" * 300},
-        {"role": "user", "content": [{"type": "text", "text": "y" * 30}, picture]},
-    ]
-
-    def tokens(usage: dict | None) -> int:
-        body = {"choices": [{"message": {"content": "z" * 30}}]} | ({"usage": usage} if usage else {})
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=body))
-        with OpenAI(base_url="http://none/v1", api_key="k", http_client=httpx.Client(transport=transport)) as client:
-            return request(client, "m", messages, {}).tokens
-
-    assert tokens({"total_tokens": 77}) == 77
-    assert tokens(None) == tokens({"total_tokens": -9}) == PICTURE + 120
+@pytest.mark.parametrize(("told", "tokens"), [("77", 77), ("-9", TOKENS), ("null", TOKENS)])
+def test_tokens_are_guessed_where_the_server_does_not_say(serve, told, tokens):
+    usage = f'"usage": {{"total_tokens": {told}}}'
+    endpoint, _ = serve(f'{{"choices": [{{"message": {{"content": "1"}}}}], {usage}}}')
+    with connect(endpoint, {}) as say:
+        assert say([{"role": "user", "content": "x"}]) == Reply("1", "stop", tokens)
 
 
 def test_a_key_of_odd_letters_is_one_sentence():
-    client = OpenAI(base_url="http://127.0.0.1:1/v1", api_key="schlüssel", max_retries=0)
-    with client, pytest.raises(UserError, match="letters that no key has"):
-        ask(client, "m", "system", "question", {"type": "object"}, int)
+    endpoint = Endpoint("http://127.0.0.1:1/v1", "schlüssel", "m")
+    with connect(endpoint, {}, retries=0) as say, pytest.raises(UserError, match="letters that no key has"):
+        say([])

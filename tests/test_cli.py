@@ -18,9 +18,9 @@ HEAD = "title: A walk\ncast:\n  - {tag: <ada>}\nshots:\n"
 BAD_STORIES = {
     "unknown tag": (HEAD + SHOT.replace("<ada>", "<bob>"), "<bob> is not in the cast"),
     "negative duration": (HEAD + SHOT.replace("}", ", duration: -2}"), "greater than 0"),
-    "no shots": ("title: A walk\nshots: []\n", "at least one shot"),
+    "no shots": ("title: A walk\nshots: []\n", "at least 1 item"),
     "not YAML": (HEAD + "  - {caption: [\n", "not valid YAML"),
-    "10,000 shots": (HEAD + SHOT * 10_000, "10000 shots; a story holds at most 5000"),
+    "10,000 shots": (HEAD + SHOT * 10_000, "at most 5000 items after validation, not 10000"),
     "empty": ("", "not a story"),
     "rich markup": (HEAD + SHOT.replace("duration", "x").replace("}", ', "[red]bold[/oops]": 1}'), "[red]bold[/oops]"),
 }

@@ -409,7 +409,10 @@ def test_a_missed_cut_never_gives_a_picture_the_caption_of_another(tmp_path):
     assert first.kept and (second.kept, second.reason) == (False, "the ground truth has no shot here")
 
 
-@pytest.mark.parametrize(("text", "words"), [(None, "no ground truth"), ("{", "not a ground truth"), ("[]", "not a")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, "not a ground truth that can be read (No such file"), ("{", "not a ground truth"), ("[]", "not a")],
+)
 def test_a_film_without_its_ground_truth_fails_alone(tmp_path, text, words):
     film, good = make_film(tmp_path / "a.mp4", [12]), make_film(tmp_path / "b.mp4", [12])
     write_truth(good, [12])

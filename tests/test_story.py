@@ -37,9 +37,6 @@ def test_tags_and_first_appearances_are_read_from_captions():
     story = parse_story(GOOD)
     assert [shot.tags for shot in story.shots] == [["<ada>"], ["<ada>"]]
     assert story.first_appearances() == {"<ada>": 0}
-    assert story.character("<ada>").description == "red round, crown"
-    with pytest.raises(KeyError):
-        story.character("<bo>")
 
 
 def test_json_is_a_story_too():
@@ -52,17 +49,17 @@ def test_json_is_a_story_too():
         ("<ada> center", "<bob> center", 9, "<bob> is not in the cast"),
         ("set: forest", "set: moon", 7, "'moon' is not listed under sets"),
         ('"close', '"x"\n    duration: -3\n    keyframe: "close', 10, "greater than 0"),
-        ("title: A walk\n", "", 1, "title: is missing"),
-        ("title: A walk", "titel: A walk\ntitle: A walk", 1, "titel: is not a known key"),
+        ("title: A walk\n", "", 1, "title: field required"),
+        ("title: A walk", "titel: A walk\ntitle: A walk", 1, "titel: extra inputs are not permitted"),
         ("- {name: forest}", "- {name: forest", None, "not valid YAML"),
         ("{tag: <ada>", "{tag: Ada", 3, "tag"),
-        ("- {tag", "- {tag: <ada>}\n  - {tag", None, "lists <ada> twice"),
+        ("- {tag", "- {tag: <ada>}\n  - {tag", None, "'<ada>' twice"),
         ("    caption: \"wide", "    keyframe: ../../secret.png\n    caption: \"wide", 8, "leaves the story's folder"),
         ("title: A walk", "title: A walk\ntitle: A run", 2, "'title' stands there a second time"),
         ("title: A walk", "title: 2020-13-45", None, "month must be in 1..12"),
         ("- {name: forest}", "- {name: forest}\n  - {name: forest}", None, "list 'forest' twice"),
         ("sets:", "  - {tag: <cy>, description: friend of <zed>}\nsets:", 4, "<zed> is not in the cast"),
-        ('"close', '"x"\n    duration: true\n    keyframe: "close', 10, "valid number, not True"),
+        ('"close', '"x"\n    duration: true\n    keyframe: "close', 10, "valid number (True is given)"),
         ('"close', '" "\n    keyframe: "close', 9, "the caption is blank"),
         ("title: A walk", "schema_version: 99\ntitle: A walk", 1, "schema_version"),
         ("    caption: \"wide", "    clip: /etc/passwd\n    caption: \"wide", 8, "leaves the story's folder"),
@@ -84,9 +81,9 @@ def test_text_that_is_no_story_is_refused(text):
 
 
 def test_the_number_of_shots_is_bounded_on_both_sides():
-    with pytest.raises(StoryError, match="10000 shots; a story holds at most 5000"):
+    with pytest.raises(StoryError, match=r"shots: list should have at most 5000 items .*, not 10000"):
         parse_story("title: long\nshots:\n" + "  - {caption: x}\n" * 10_000)
-    with pytest.raises(StoryError, match="at least one shot"):
+    with pytest.raises(StoryError, match="shots: list should have at least 1 item"):
         parse_story("title: short\nshots: []\n")
 
 
@@ -97,7 +94,7 @@ def test_long_input_is_cut_and_a_story_that_holds_itself_is_refused():
     with pytest.raises(StoryError):
         parse_story("title: t\nshots: &a [*a]\n")
     bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(40))
-    with pytest.raises(StoryError, match="a0: is not a known key"):
+    with pytest.raises(StoryError, match="a0: extra inputs are not permitted"):
         parse_story(f"{bomb}title: t\nshots: [{{caption: x}}]\n")
 
 

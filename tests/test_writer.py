@@ -81,7 +81,7 @@ def test_synonyms_names_pronouns_and_looks():
         ("forest", "close", {"<ada>": ("center", "waving")}),  # Bo is a fellow, so she is Ada
         ("city", "wide", {"<ada>": ("center", "standing")}),
     ]
-    assert story.character("<bo>").description == "teal tall, tophat"
+    assert story.cast[1].description == "teal tall, tophat"
 
 
 def test_a_walk_from_set_to_set_and_a_second_action_are_shots_of_their_own():
@@ -148,7 +148,7 @@ def test_looks_that_are_not_told_are_chosen_once_and_never_share_a_colour():
     first, second = write_story(text), write_story(text)
     assert first == second
     colours = [c.description.split()[0] for c in first.story.cast]
-    assert len(set(colours)) == 4 and first.story.character("<dax>").description.startswith("red ")
+    assert len(set(colours)) == 4 and first.story.cast[3].description.startswith("red ")
     assert sum("chosen, as the text does not say" in line and "<" in line for line in first.understood) == 4
 
 
@@ -324,7 +324,8 @@ def test_an_endpoint_in_trouble_is_one_sentence_without_the_key(serve):
 
 
 def test_the_environment_names_the_endpoint(serve, monkeypatch):
-    assert endpoint_from_environment() is None
+    with pytest.raises(UserError, match="CINEMA_LLM_BASE_URL"):
+        endpoint_from_environment()
     story = write_story(WALK).story
     endpoint, asked = serve(as_json(story))
     monkeypatch.setenv("CINEMA_LLM_BASE_URL", endpoint.base_url)
