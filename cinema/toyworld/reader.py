@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from cinema.toyworld import world
-from cinema.toyworld.draw import PARALLAX, Paper, camera_at, draw_character
+from cinema.toyworld.draw import PARALLAX, camera_at, character, filmed, glue
 from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, POSITIONS, SIZES, Actor, Look, Setup, all_looks
 
 HEIGHT = 128  # pixels that every frame is read at
@@ -65,12 +65,9 @@ def cut_out(
 
     Drawn on black and on white; what differs shines through. A shadow is black of alpha 0.24.
     """
-    sheets = []
-    for ground in ((0, 0, 0), (255, 255, 255)):
-        paper = Paper(height, ground, camera_at(setup, time), aspect)
-        draw_character(paper, look, actor, setup.size, time)
-        sheets.append(np.asarray(paper.picture(), np.float32) / 255)
-    return sheets[0], 1 - (sheets[1] - sheets[0]).mean(-1)
+    pieces = [*filmed(character(look, actor, setup.size, time), setup, time)]
+    black, white = (np.asarray(glue(pieces, (v, v, v), height, aspect), np.float32) / 255 for v in (0, 255))
+    return black, 1 - (white - black).mean(-1)
 
 
 def read_keyframe(image: Image.Image, setup: Setup) -> ReadFrame:
@@ -223,10 +220,11 @@ def _posed(look: Look, setup: Setup, actor: Actor, time: float) -> Float[np.ndar
 
 def _moved(sheet: Float[np.ndarray, "h w 4"], setup: Setup, time: float, parallax: float) -> Float[np.ndarray, "h w 4"]:
     """A picture and its alpha as the camera shows them later; what comes from outside has alpha 0."""
-    if (camera := camera_at(setup, time)).push == 1 and camera.shift == 0:
+    push, shift = camera_at(setup, time)
+    if (push, shift) == (1, 0):
         return sheet
-    rest = HEIGHT * (1 - 1 / camera.push)  # the frame's zoom is about (1, 0.55)
-    affine = (1 / camera.push, 0, rest - parallax * camera.shift * HEIGHT, 0, 1 / camera.push, 0.55 * rest)
+    rest = HEIGHT * (1 - 1 / push)  # the frame's zoom is about (1, 0.55)
+    affine = (1 / push, 0, rest - parallax * shift * HEIGHT, 0, 1 / push, 0.55 * rest)
     channels = [Image.fromarray(channel) for channel in np.moveaxis(sheet, -1, 0).astype(np.float32)]
     how = channels[0].size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
     return np.stack([np.asarray(channel.transform(*how)) for channel in channels], -1)
