@@ -4,7 +4,9 @@ Weights are random and nothing is drawn: time depends on shapes, not on what wei
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -43,55 +45,37 @@ def bench_planner(
     model = small_flux(double, single, width // HEAD, HEAD, width).bfloat16().eval()
     torch.nn.Module.to(model, device)
     seconds: dict[str, dict[str, float]] = {"naive": {}, "planned": {}}
-    total = 2 * len(pairs)
-    with torch.inference_mode():
-        _draw(model, settings, 2, naive=False)  # warms up
-        for i, count in enumerate(pairs):
-            for j, name in enumerate(seconds):
-                on_progress(2 * i + j, total, f"keyframe {count}, {name}")
-                seconds[name][str(count)] = _seconds(lambda: _draw(model, settings, count, name == "naive"))  # noqa: B023
+    _draw(model, settings, 2, naive=False)  # warms up
+    for i, (count, name) in enumerate(product(pairs, seconds)):
+        on_progress(i, 2 * len(pairs), f"keyframe {count}, {name}")
+        began = time.perf_counter()
+        _draw(model, settings, count, name == "naive").cpu()
+        seconds[name][str(count)] = time.perf_counter() - began
     ratios = {count: spent / seconds["planned"][count] for count, spent in seconds["naive"].items()}
     first, last = (seconds["planned"][str(count)] for count in (pairs[0], pairs[-1]))
     facts = {"width": width, "double": double, "single": single, "steps": settings.steps, "device": device}
     return facts | {"seconds": seconds, "naive / planned": ratios, f"planned, {pairs[-1]} / {pairs[0]}": last / first}
 
 
+@torch.inference_mode()
 def _draw(model: InterleavedFluxTransformer, settings: KeyframeSettings, pairs: int, naive: bool) -> Tensor:
-    """Denoise the last of so many pairs."""
-    side, room = settings.height // PATCH, settings.memory_levels * settings.memory_group
-    kept = pairs if naive else min(pairs, room)
+    """Denoise the last of so many random pairs."""
+    side, width = settings.height // PATCH, model.config["joint_attention_dim"]
     levels = (1, pairs, 2.0) if naive else (settings.memory_levels, settings.memory_group, settings.memory_ratio)
-    context = _groups(model, Layout(kept, side, *levels), settings.text_tokens)
-    (newest,) = _groups(model, Layout(1, side, 1, 1), settings.text_tokens, first=kept)
-    cache = None if naive or not context else model.encode_context(context)
-    last = torch.tensor([kept])
+    layout = Layout(min(pairs, levels[0] * levels[1]), side, *levels)
+    last = layout.pairs - 1
+
+    def group(size: int, index: list[int]) -> PairGroup:
+        shapes = (tokens(size), 64), (settings.text_tokens, width), (width,)
+        x, y, z = (torch.randn(1, len(index), *shape, device=model.device, dtype=model.dtype) for shape in shapes)
+        sigma, ids = torch.full((1, len(index)), 0.05, device=model.device), coordinates(size, side).to(model.device)
+        return PairGroup(x, y, z, sigma, ids, torch.tensor(index))
+
+    context = [group(size, old) for size, places in layout.by_level() if (old := [i for i in places if i < last])]
+    newest, cache = group(side, [last]), model.encode_context(context) if context and not naive else None
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        now = PairGroup(x[None].to(model.dtype), newest.text, newest.pooled, newest.sigma * 0 + sigma, newest.ids, last)
-        if cache is None and context:
-            return model.forward_pairs([*context, now], causal=True)[-1][0].float()
-        return model.forward_pairs([now], causal=True, cache=cache)[0][0].float()
+        now = replace(newest, latents=x[None].to(model.dtype), sigma=torch.full_like(newest.sigma, sigma))
+        return model.forward_pairs([*context, now] if naive else [now], causal=True, cache=cache)[-1][0].float()
 
-    return euler(velocity, newest.latents[0].float(), schedule(settings.steps, settings.shift), None)
-
-
-def _groups(model: InterleavedFluxTransformer, layout: Layout, text: int, first: int = 0) -> list[PairGroup]:
-    """Random pairs, a group per level; without a `first` index, all of the layout but the newest."""
-    groups, width = [], model.config["joint_attention_dim"]
-    for side, places in layout.by_level():
-        index = [first + i for i in places if first or i < layout.pairs - 1]
-        if index:
-            shapes = (tokens(side), 64), (text, width), (width,)
-            x, y, z = (torch.randn(1, len(index), *shape, device=model.device, dtype=model.dtype) for shape in shapes)
-            sigma = torch.full((1, len(index)), 0.05, device=model.device)
-            ids = coordinates(side, max(layout.sides)).to(model.device)
-            groups.append(PairGroup(x, y, z, sigma, ids, torch.tensor(index)))
-    return groups
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return euler(velocity, newest.latents[0].float(), schedule(settings.steps, settings.shift))

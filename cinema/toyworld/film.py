@@ -138,7 +138,8 @@ def _pieces(movie: Movie, how: Shooting) -> Iterator[tuple[Setup | None, str, li
                 both = mixed(old, new)
                 old[-OVERLAP:], new[:OVERLAP] = both[: OVERLAP // 2], both[OVERLAP // 2 :]
             yield movie.shots[i - 1], start, old
-            yield from [(None, "cut", black[:BLACK])] * (joined == "fade")
+            if joined == "fade":
+                yield None, "cut", black[:BLACK]
         old, start = new, joined
     yield movie.shots[-1], start, old
     yield from titled("The end") if how.titles else ()
