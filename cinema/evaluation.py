@@ -97,13 +97,10 @@ def evaluate_stories(
 ) -> dict[str, Any]:
     """Plan held-out stories and score them; and each story's last shot again, after another story's keyframes.
 
-    With one story there is no other, and no control; in one shot nobody can come back. Progress counts keyframes.
-    UserError if the preset's weights cannot be loaded.
-
-    Returns:
-        Shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of characters who
-        come back in the last shot), `wrong_context_identity` (of the same, by the control), with 95 % bootstrap
-        intervals over stories in `ci95` and numbers of judgements in `counts`. None where nothing was judged.
+    Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of who comes back in
+    the last shot) and `wrong_context_identity` (of the same, by the control, which takes two stories), None where
+    nothing was judged; with 95 % intervals over stories in `ci95` and numbers of judgements in `counts`. Progress
+    counts keyframes. UserError if the preset's weights cannot be loaded.
     """
     planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
     told = [sample_movie(f"heldout/{seed}/{i}", shots).story() for i in range(stories)]
@@ -118,11 +115,11 @@ def evaluate_stories(
         return images
 
     drawn = [draw(story, {}) for story in told]
+    mixed = [draw(other_context(told[i], told[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
     scores = [_score(*pair) for pair in zip(told, drawn, strict=True)]
     rows = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
-    rows["last_identity"] = [_score(story, images[-1:]).identity for story, images in zip(told, drawn, strict=True)]
-    mixed = [draw(other_context(told[i], told[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
-    rows["wrong_context_identity"] = [_score(told[i], mixed[i][-1:]).identity for i in controls]
+    for name, films in (("last_identity", drawn), ("wrong_context_identity", mixed)):
+        rows[name] = [_score(story, images[-1:]).identity for story, images in zip(told, films, strict=False)]
     figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
     figures |= {name: _share(own) for name, own in rows.items()}
     figures["by_attribute"] = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}

@@ -45,15 +45,10 @@ def draw_clip(movie: Movie, setup: Setup, height: int = 128, frames: int = FRAME
 def write_film(movie: Movie, path: Path, on_progress: Progress = quiet, **options: Any) -> Path:
     """Write a movie as MP4, and its ground truth beside it; both appear whole or not at all, the truth last.
 
-    `options` are those of `Shooting`; progress counts shots.
-
-    Returns:
-        The path of the ground truth. Its frame numbers count from 0, ends are exclusive. A dissolve is cut where
-        the new shot outweighs the old one, a fade where black ends; `cuts` has the end of each card, too. Boxes
-        are [left, top, right, bottom] in pixels of the film, in the shot's first frame as drawn.
-
-    Raises:
-        UserError: an odd height, shots too short for their transitions, or a path that is no MP4.
+    `options` are those of `Shooting`; progress counts shots. Gives the path of the truth. Its frame numbers count from
+    0, ends are exclusive; a dissolve is cut where the new shot outweighs the old one, a fade where black ends; `cuts`
+    has the end of each card, too. Boxes are [left, top, right, bottom] in pixels of the shot's first frame as drawn.
+    UserError for an odd height, shots too short for their transitions, or a path that is no MP4.
     """
     how = Shooting(**options)
     least = 2 * OVERLAP + 1 if how.transitions else 1
