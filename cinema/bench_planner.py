@@ -6,6 +6,7 @@ Weights are random and nothing is drawn: time depends on shapes, not on what wei
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,35 +40,31 @@ def bench_planner(
     """
     model = random_flux(width, double, single, pairs)
     seconds: dict[str, dict[str, float]] = {"naive": {}, "planned": {}}
-    total = 2 * len(pairs)
-    with torch.inference_mode():
-        _draw(model, settings, 2, naive=False)  # warms up
-        for i, count in enumerate(pairs):
-            for j, name in enumerate(seconds):
-                on_progress(2 * i + j, total, f"keyframe {count}, {name}")
-                seconds[name][str(count)] = seconds_of(lambda: _draw(model, settings, count, name == "naive"))  # noqa: B023
+    _draw(model, settings, 2, naive=False)  # warms up
+    for i, (count, name) in enumerate(product(pairs, seconds)):
+        on_progress(i, 2 * len(pairs), f"keyframe {count}, {name}")
+        seconds[name][str(count)] = seconds_of(lambda: _draw(model, settings, count, name == "naive"))  # noqa: B023
     ratios = {count: spent / seconds["planned"][count] for count, spent in seconds["naive"].items()}
     first, last = (seconds["planned"][str(count)] for count in (pairs[0], pairs[-1]))
     facts = {"width": width, "double": double, "single": single, "steps": settings.steps, "device": str(model.device)}
     return facts | {"seconds": seconds, "naive / planned": ratios, f"planned, {pairs[-1]} / {pairs[0]}": last / first}
 
 
+@torch.inference_mode()
 def _draw(model: InterleavedFluxTransformer, settings: KeyframeSettings, pairs: int, naive: bool) -> Tensor:
-    """Denoise the last of so many pairs."""
-    side, room = settings.height // PATCH, settings.memory_levels * settings.memory_group
-    kept = pairs if naive else min(pairs, room)
+    """Denoise the last of so many random pairs."""
+    side, text = settings.height // PATCH, settings.text_tokens
     levels = (1, pairs, 2.0) if naive else (settings.memory_levels, settings.memory_group, settings.memory_ratio)
-    layout, text = Layout(kept, side, *levels), settings.text_tokens
-    context, (newest,) = (random_pairs(model, layout, text, own) for own in (range(kept - 1), [kept - 1]))
-    cache = None if naive or not context else model.encode_context(context)
+    layout = Layout(min(pairs, levels[0] * levels[1]), side, *levels)
+    last = layout.pairs - 1
+    context, (newest,) = (random_pairs(model, layout, text, own) for own in (range(last), [last]))
+    cache = model.encode_context(context) if context and not naive else None
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         now = replace(newest, latents=x[None].to(model.dtype), sigma=torch.full_like(newest.sigma, sigma))
-        if cache is None and context:
-            return model.forward_pairs([*context, now], causal=True)[-1][0].float()
-        return model.forward_pairs([now], causal=True, cache=cache)[0][0].float()
+        return model.forward_pairs([*context, now] if naive else [now], causal=True, cache=cache)[-1][0].float()
 
-    return euler(velocity, newest.latents[0].float(), schedule(settings.steps, settings.shift), None)
+    return euler(velocity, newest.latents[0].float(), schedule(settings.steps, settings.shift))
 
 
 def random_flux(width: int, double: int, single: int, pairs: Sequence[int]) -> InterleavedFluxTransformer:

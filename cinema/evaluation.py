@@ -3,13 +3,13 @@
 A look is described at its character's first appearance only: there it must be drawn as told (*attributes*), later it
 must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 
 from cinema.config import Preset
@@ -18,11 +18,12 @@ from cinema.progress import Progress, quiet
 from cinema.story import Story
 from cinema.toyworld.draw import render
 from cinema.toyworld.reader import read_clip, read_keyframe
-from cinema.toyworld.world import Look, parse_caption, sample_flashback, sample_movie
+from cinema.toyworld.world import RETURN, Look, parse_caption, sample_flashback, sample_movie
 
 ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
 LOOK = ATTRIBUTES[:3]
 RESAMPLES = 2_000  # of the bootstrap
+Rows = Sequence[Sequence[bool | float]]  # judgements, or figures, of every story
 
 
 @dataclass
@@ -92,47 +93,38 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def evaluate_stories(
-    preset: Preset, stories: int, shots: int, seed: int = 0, on_progress: Progress | None = None
+    preset: Preset, stories: int, shots: int, seed: int = 0, on_progress: Progress = quiet
 ) -> dict[str, Any]:
     """Plan held-out stories and score them; and each story's last shot again, after another story's keyframes.
 
-    With one story there is no other, and no control; in one shot nobody can come back. Progress counts keyframes.
-    UserError if the preset's weights cannot be loaded.
-
-    Returns:
-        Shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of characters who
-        come back in the last shot), `wrong_context_identity` (of the same, by the control), with 95 % bootstrap
-        intervals over stories in `ci95` and numbers of judgements in `counts`. None where nothing was judged.
+    Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of who comes back in
+    the last shot) and `wrong_context_identity` (of the same, by the control, which takes two stories), None where
+    nothing was judged; with 95 % intervals over stories in `ci95` and numbers of judgements in `counts`. Progress
+    counts keyframes. UserError if the preset's weights cannot be loaded.
     """
     planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
     told = [sample_movie(f"heldout/{seed}/{i}", shots).story() for i in range(stories)]
-    controls = range(stories if stories > 1 else 0)
-    done, total = 0, stories * shots + len(controls)
+    done, controls = count(1), range(stories if stories > 1 else 0)
 
-    def draw(story: Story, known: Pictures, what: str) -> list[Image.Image]:
-        nonlocal done
+    def draw(story: Story, known: Pictures) -> list[Image.Image]:
         images = []
         for keyframe in planner.iterate(story, seed, None, known):
             images.append(keyframe.image)
-            done += keyframe.index not in known
-            if on_progress:
-                on_progress(done, total, what)
+            if keyframe.index not in known:
+                on_progress(next(done), stories * shots + len(controls), story.title)
         return images
 
-    drawn = [draw(story, {}, f"story {i + 1} of {stories}") for i, story in enumerate(told)]
-    scores = [_score(story, images) for story, images in zip(told, drawn, strict=True)]
-    judged = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
-    judged["last_identity"] = [_score(story, images[-1:]).identity for story, images in zip(told, drawn, strict=True)]
-    judged["wrong_context_identity"] = wrong = []
-    for i in controls:
-        known = dict(enumerate(drawn[i - 1][:-1]))
-        images = draw(other_context(told[i], told[i - 1]), known, f"control {i + 1} of {stories}")
-        wrong.append(_score(told[i], images[-1:]).identity)
+    drawn = [draw(story, {}) for story in told]
+    mixed = [draw(other_context(told[i], told[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
+    scores = [_score(*pair) for pair in zip(told, drawn, strict=True)]
+    rows = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
+    for name, films in (("last_identity", drawn), ("wrong_context_identity", mixed)):
+        rows[name] = [_score(story, images[-1:]).identity for story, images in zip(told, films, strict=False)]
     figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
-    figures |= {name: _share(rows) for name, rows in judged.items()}
+    figures |= {name: _share(own) for name, own in rows.items()}
     figures["by_attribute"] = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
-    figures["ci95"] = {name: bootstrap(rows) for name, rows in judged.items()}
-    return figures | {"counts": {name: sum(map(len, rows)) for name, rows in judged.items()}}
+    figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
+    return figures | {"counts": {name: sum(map(len, own)) for name, own in rows.items()}}
 
 
 def evaluate_returns(
@@ -142,35 +134,28 @@ def evaluate_returns(
 
     Of every held-out flashback the first shot after the return is planned; what comes before is as the toy world draws
     it. Two GoldenMem levels are remembered, fewer shots than lie between. UserError as for `evaluate_stories`.
-
-    Returns:
-        `identity` by retrieval, `ci95` of it, and `gain ci95`: of how much it is above the first one's, whose stories
-        are the same.
+    Returns `identity` by retrieval, `ci95` of it, and `gain ci95`: of how much it is above the first one's.
     """
-    settings, rows, done = replace(preset.keyframes, memory_levels=2), dict[str, list[list[bool]]](), 0
+    planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
+    settings, rows, done = replace(preset.keyframes, memory_levels=2), dict[str, list[list[bool]]](), count(1)
     for name in retrievals:
-        chosen = replace(preset, keyframes=replace(settings, retrieval=name))
-        planner, rows[name] = KeyframePlanner.from_preset(chosen, "cuda" if torch.cuda.is_available() else "cpu"), []
+        chosen, rows[name] = replace(planner, settings=replace(settings, retrieval=name)), []
         for i in range(stories):
             movie = sample_flashback(f"heldout/{seed}/{i}")
-            back = len(movie.shots) - len(movie.shots) // 4  # of four scenes, the last
-            known = {j: render(movie, shot, settings.height) for j, shot in enumerate(movie.shots[:back])}
-            story = replace(movie, shots=movie.shots[: back + 1]).story()
-            image = planner.plan(story, seed, None, known)[-1].image
-            rows[name].append(_score(story, [image]).identity)
-            done += 1
-            on_progress(done, stories * len(retrievals), f"{name}, story {i + 1} of {stories}")
-    first = rows[retrievals[0]]
+            known = {j: render(movie, shot, settings.height) for j, shot in enumerate(movie.shots[:RETURN])}
+            story = replace(movie, shots=movie.shots[: RETURN + 1]).story()
+            rows[name].append(_score(story, [chosen.plan(story, seed, None, known)[-1].image]).identity)
+            on_progress(next(done), stories * len(retrievals), f"{name}, story {i + 1} of {stories}")
+    first, *others = retrievals
     figures: dict[str, Any] = {"stories": stories, "seed": seed, "preset": preset.name}
     figures["identity"] = {name: _share(own) for name, own in rows.items()}
     figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
-    return figures | {"gain ci95": {name: paired(own, first) for name, own in rows.items() if own is not first}}
+    return figures | {"gain ci95": {name: bootstrap(rows[name], rows[first]) for name in others}}
 
 
 def other_context(story: Story, other: Story) -> Story:
     """The last shot of a story after all but the last of another's, as if that were what happened before."""
-    cast = {c.tag: c for c in [*other.cast, *story.cast]}
-    sets = {p.name: p for p in [*other.sets, *story.sets]}
+    cast, sets = {c.tag: c for c in [*other.cast, *story.cast]}, {p.name: p for p in [*other.sets, *story.sets]}
     shots = [*other.shots[:-1], story.shots[-1]]
     return Story(title=story.title, cast=[*cast.values()], sets=[*sets.values()], shots=shots)
 
@@ -181,28 +166,19 @@ def _score(story: Story, images: Sequence[Image.Image]) -> Scores:
     return score_keyframes([shot.caption for shot in story.shots], [*unseen, *images])
 
 
-def _share(rows: list[list[bool]]) -> float | None:
-    return sum(map(sum, rows)) / count if (count := sum(map(len, rows))) else None
+def _share(rows: Rows) -> float | None:
+    return sum(map(sum, rows)) / number if (number := sum(map(len, rows))) else None
 
 
-def paired(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]]) -> list[float]:
-    """95 % interval of how much larger the share of True is in `a` than in `b`, whose rows are of the same stories."""
-    counts = np.array([[sum(x), len(x), sum(y), len(y)] for x, y in zip(a, b, strict=True)], float)
-    return interval(counts, lambda drawn: drawn[0] / drawn[1] - drawn[2] / drawn[3])
+def bootstrap(rows: Rows, minus: Rows | None = None) -> list[float] | None:
+    """95 % interval of the mean of all judgements, or of how much it is above that of `minus`, on the same stories.
 
-
-def bootstrap(rows: Sequence[Sequence[bool]]) -> list[float] | None:
-    """95 % interval of the share of True; None if nothing was judged. Judgements of a row, a story, hang together."""
-    if not any(rows):
-        return None
-    return interval(np.array([[sum(row), len(row)] for row in rows if row], float), lambda drawn: drawn[0] / drawn[1])
-
-
-def interval(rows: Float[np.ndarray, "n c"], statistic: Callable[[Any], Any], seed: int = 0) -> list[float]:
-    """95 % interval of a statistic of the columns' sums, by drawing whole rows anew.
-
-    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13). The statistic gets an array of "c draws".
+    Percentile bootstrap (Efron and Tibshirani 1993, chapter 13) that draws whole rows, stories, anew, as their
+    judgements hang together. None if nothing was judged.
     """
-    draws = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
-    low, high = np.quantile(statistic(rows[draws].sum(1).T), [0.025, 0.975])
-    return [float(low), float(high)]
+    counts = np.array([[sum(a), len(a), sum(b), len(b)] for a, b in zip(rows, minus or rows, strict=True) if a], float)
+    if not len(counts):
+        return None
+    draws = np.random.default_rng(0).integers(len(counts), size=(RESAMPLES, len(counts)))
+    a, n, b, m = counts[draws].sum(1).T
+    return np.quantile(a / n - (b / m if minus else 0), [0.025, 0.975]).tolist()

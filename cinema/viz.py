@@ -34,12 +34,11 @@ def film_strip(
     for i, image in enumerate(images):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (cell + GAP)
         sheet.paste(_frame(image).resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        if wrapped:
-            draw.text((x, y + height + 5), str(numbers[i] if numbers else i + 1), FAINT, small)
-            for j, line in enumerate(wrapped[i]):  # the first line is indented: the number stands before it
-                draw.text(
-                    (x + (0 if j else 22), y + height + 4 + 14 * j), line.strip().replace(" ", "  "), INK, font
-                )  # its spaces are thin
+        for j, line in enumerate(wrapped[i] if wrapped else ()):
+            if j == 0:
+                draw.text((x, y + height + 5), str(numbers[i] if numbers else i + 1), FAINT, small)
+            words, indent = line.strip().replace(" ", "  "), 0 if j else 22  # thin spaces; the number stands before
+            draw.text((x + indent, y + height + 4 + 14 * j), words, INK, font)
     return sheet
 
 

@@ -3,13 +3,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from cinema.bench_planner import HEAD, _draw, bench_planner, random_pairs
+from cinema.bench_planner import HEAD, _draw, bench_planner
 from cinema.cli import main
 from cinema.config import TOY
 from cinema.errors import UserError
-from cinema.goldenmem import Layout
 from cinema.training.keyframes import small_flux
 
 SMALL = replace(TOY.keyframes, height=64, width=128, memory_levels=2, memory_group=2, steps=3)
@@ -26,7 +24,6 @@ def test_the_command_prints_seconds_and_ratios(tmp_path: Path, capsys) -> None:
     assert "planned, 3 / 1" in capsys.readouterr().out
 
 
-@torch.inference_mode()
 def test_what_is_timed_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = small_flux(1, 1, 1, HEAD, HEAD).eval(), []
 
@@ -34,7 +31,7 @@ def test_what_is_timed_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         real = getattr(model, name)
 
         def call(groups, *rest, **more):
-            seen.append((what, sum(group.latents.shape[1] for group in groups)))
+            seen.append((what, [(group.latents.shape[1], group.index.tolist()) for group in groups]))
             return real(groups, *rest, **more)
 
         monkeypatch.setattr(model, name, call)
@@ -42,12 +39,10 @@ def test_what_is_timed_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     watched("forward_pairs", "step")
     watched("encode_context", "context")
     _draw(model, SMALL, 9, naive=True)
-    assert seen == [("step", 9)] * 3
+    assert seen == [("step", [(8, [0, 1, 2, 3, 4, 5, 6, 7]), (1, [8])])] * 3
     seen.clear()
-    _draw(model, SMALL, 9, naive=False)
-    assert seen == [("context", 3), ("step", 1), ("step", 1), ("step", 1)]  # two levels of two, one of them the newest
-    groups = random_pairs(model, Layout(4, 4, 2, 2, SMALL.memory_ratio), 5, range(3))
-    assert [(g.latents.shape[1], g.index.tolist()) for g in groups] == [(1, [2]), (2, [0, 1])]
+    _draw(model, SMALL, 9, naive=False)  # two levels of two, one of them the newest
+    assert seen == [("context", [(1, [2]), (2, [0, 1])]), *[("step", [(1, [3])])] * 3]
 
 
 def test_odd_widths_and_no_pairs_are_refused() -> None:

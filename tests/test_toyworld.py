@@ -12,7 +12,7 @@ from cinema.errors import UserError
 from cinema.media import read_frames
 from cinema.story import Story
 from cinema.toyworld.draw import render
-from cinema.toyworld.film import BLACK, _pieces, draw_clip, write_film, write_films
+from cinema.toyworld.film import BLACK, Shooting, _pieces, draw_clip, write_film, write_films
 from cinema.toyworld.world import (
     ACTIONS,
     COLOURS,
@@ -160,7 +160,7 @@ def test_boxes_hold_their_characters(tmp_path: Path) -> None:
 
 def kinds(movie: Movie) -> set[str]:
     """How the shots of a film with transitions are joined."""
-    return {piece.transition for piece in _pieces(movie, 2, 1, True, False)}
+    return {start for _, start, _ in _pieces(movie, Shooting(height=2, frames=9, transitions=True))}
 
 
 def test_transitions_bars_cards_and_black_are_where_the_truth_says(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ CAMERAS = ("static", "pan left", "pan right", "push in")
 ACTIONS = ("standing", "jumping", "swaying", "walking", "waving")
 POSITIONS = {"left": 0.5, "center": 1.0, "right": 1.5}  # in frame heights; the frame is 2 wide
 FRAMES, FPS = TOY.video.frames, TOY.video.fps
+RETURN = 18  # the shot in which a flashback goes back
 
 RGB = tuple[int, int, int]
 
@@ -104,8 +105,11 @@ class Movie:
         """One caption a shot; a look is described where its character appears first."""
         lines, seen = list[str](), set[str]()
         for shot in self.shots:
-            lines.append(caption(shot, {a.tag: self.cast[a.tag] for a in shot.actors if a.tag not in seen}))
-            seen |= {a.tag for a in shot.actors}
+            words = [f"{shot.size} shot, {shot.place}."]
+            for a in shot.actors:
+                words.append(f"{a.tag} {a.position}, {a.action}{'' if a.tag in seen else f': {self.cast[a.tag]}'}.")
+                seen.add(a.tag)
+            lines.append(" ".join([*words, f"{shot.camera}."]))
         return lines
 
     def story(self) -> Story:
@@ -121,13 +125,6 @@ def all_looks() -> list[Look]:
     return [Look(*parts) for parts in product(COLOURS, SHAPES, HATS)]
 
 
-def caption(setup: Setup, new_looks: dict[str, Look]) -> str:
-    """A shot in the shot list's language; `new_looks` are the looks to describe."""
-    looks = {tag: f": {look}" for tag, look in new_looks.items()}
-    actors = [f"{a.tag} {a.position}, {a.action}{looks.get(a.tag, '')}." for a in setup.actors]
-    return " ".join([f"{setup.size} shot, {setup.place}.", *actors, f"{setup.camera}."])
-
-
 _ACTOR = re.compile(
     rf"(<[a-z0-9_-]+>) ({'|'.join(POSITIONS)}), ({'|'.join(ACTIONS)})"
     rf"(?:: ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}), ({'|'.join(HATS)}))?\."
@@ -139,11 +136,10 @@ def parse_caption(text: str) -> tuple[Setup, dict[str, Look]]:
     """Read a caption back: the setup and the looks it describes; ValueError for text in another language."""
     shot = _SHOT.match(text)
     if not shot or _ACTOR.sub("", shot[3]).strip():
-        raise ValueError(f"not a shot-list caption: {text!r}; see cinema.toyworld.world.caption for the form")
+        raise ValueError(f"not a shot-list caption: {text!r}; see cinema.toyworld.world for the form")
     found = _ACTOR.findall(shot[3])
-    actors = tuple(Actor(tag, position, action) for tag, position, action, *_ in found)
     looks = {tag: Look(*look) for tag, _, _, *look in found if look[0]}
-    return Setup(shot[2], shot[1], shot[4], actors), looks
+    return Setup(shot[2], shot[1], shot[4], tuple(Actor(*told[:3]) for told in found)), looks
 
 
 def sample_set(place: str, rng: random.Random) -> SetDesign:
@@ -158,46 +154,43 @@ def sample_set(place: str, rng: random.Random) -> SetDesign:
 def sample_movie(seed: int | str, shots: int, looks: str = "train", returns: bool = False) -> Movie:
     """A random movie, the same for the same seed, independent of other seeds' movies.
 
-    Args:
-        looks: "train" leaves the held-out tenth of looks aside, "unseen" uses only it, "all" uses every look.
-        returns: end on a shot of whoever appeared first, after an absence (a flashback, for retrieval).
+    Of `looks`, "train" leaves the held-out tenth aside, "unseen" uses only it, "all" uses every one. One that `returns`
+    ends on a shot of whoever appeared first, after an absence (a flashback, for retrieval).
     """
     rng = random.Random(f"toyworld/{seed}")
-    pool = [x for x in all_looks() if looks == "all" or x.held_out == (looks == "unseen")]
-    tags = [f"<{n}>" for n in rng.sample(TOY_NAMES, rng.choice((2, 3, 3, 4)))]
-    cast = dict[str, Look]()
-    for tag in tags:
-        cast[tag] = rng.choice([x for x in pool if x.colour not in {c.colour for c in cast.values()}])
+    cast = _sample_cast(rng.choice((2, 3, 3, 4)), looks, rng)
     sets = {p: sample_set(p, rng) for p in rng.sample(list(PLACES), rng.choice((2, 3)))}
-    place = rng.choice(list(sets))
-    line = list[Setup]()
+    place, line = rng.choice(list(sets)), list[Setup]()
     for _ in range(shots):
         place = rng.choice(list(sets)) if rng.random() < 0.3 else place
-        line.append(_sample_setup(place, tags, rng))
+        line.append(_sample_setup(place, list(cast), rng))
     if returns and shots > 2:
         absent = line[0].actors[0].tag
-        line[1:-1] = [_sample_setup(s.place, [t for t in tags if t != absent], rng) for s in line[1:-1]]
+        line[1:-1] = [_sample_setup(s.place, [t for t in cast if t != absent], rng) for s in line[1:-1]]
         line[-1] = Setup(line[0].place, "medium", "static", (Actor(absent, "center", "standing"),))
     return Movie(f"Toy film {seed}", cast, sets, line)
 
 
-def sample_flashback(seed: int | str, scenes: int = 4, shots: int = 6, looks: str = "train") -> Movie:
-    """A random movie of scenes of so many shots, each with a set and two characters of its own.
+def sample_flashback(seed: int | str) -> Movie:
+    """A random movie of four scenes of six shots, each with a set and two characters of its own.
 
-    The last scene goes back to an earlier one, not to the one before it. ValueError for too few or too many scenes.
+    The last one, from shot `RETURN` on, goes back to the first or the second.
     """
-    if not 3 <= scenes <= len(PLACES) + 1:
-        raise ValueError(f"{scenes} scenes make no flashback; it takes 3 to {len(PLACES) + 1}")
     rng = random.Random(f"toyworld/flashback/{seed}")
+    cast = _sample_cast(6, "train", rng)
+    scenes = [(sample_set(p, rng), list(cast)[2 * i : 2 * i + 2]) for i, p in enumerate(rng.sample(list(PLACES), 3))]
+    scenes.append(scenes[rng.randrange(2)])
+    line = [_sample_setup(design.place, tags, rng) for design, tags in scenes for _ in range(6)]
+    return Movie(f"Flashback {seed}", cast, {design.place: design for design, _ in scenes}, line)
+
+
+def _sample_cast(count: int, looks: str, rng: random.Random) -> dict[str, Look]:
+    """So many characters; no colour twice, as there are enough."""
     pool = [x for x in all_looks() if looks == "all" or x.held_out == (looks == "unseen")]
-    tags, cast = [f"<{n}>" for n in rng.sample(TOY_NAMES, 2 * (scenes - 1))], dict[str, Look]()
-    for tag in tags:
-        spare = [x for x in pool if x.colour not in {c.colour for c in cast.values()}]
-        cast[tag] = rng.choice(spare or [x for x in pool if x not in cast.values()])
-    sets = {p: sample_set(p, rng) for p in rng.sample(list(PLACES), scenes - 1)}
-    order = [*range(scenes - 1), rng.randrange(scenes - 2)]
-    line = [_sample_setup(list(sets)[i], tags[2 * i : 2 * i + 2], rng) for i in order for _ in range(shots)]
-    return Movie(f"Flashback {seed}", cast, sets, line)
+    cast = dict[str, Look]()
+    for name in rng.sample(TOY_NAMES, count):
+        cast[f"<{name}>"] = rng.choice([x for x in pool if x.colour not in {c.colour for c in cast.values()}])
+    return cast
 
 
 def _sample_setup(place: str, tags: list[str], rng: random.Random) -> Setup:
