@@ -1,4 +1,4 @@
-"""The command line; heavy imports are inside the commands.
+"""The command line; what is heavy is imported when a command asks for it.
 
 Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one sentence;
 CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending."""
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from pkgutil import resolve_name
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic_core import to_jsonable_python
@@ -24,8 +25,7 @@ from cinema.errors import UserError
 from cinema.files import writable, write_json
 from cinema.story import Story, load_cast, load_story, read_text, save_story
 
-Result = TypeVar("Result")
-DETECTOR_HELP = "What finds the cuts: planes (if not given), content, adaptive, adaptive-luma, or transnetv2."
+DETECTOR_HELP = "What finds the cuts: planes, content, adaptive, adaptive-luma, or transnetv2."
 app = typer.Typer(name="cinema", add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure how good and how fast a part is.")
 
@@ -62,7 +62,7 @@ def write(
     """Turn a storyline in plain English into a story, and say what was understood."""
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"{out}: a story is written as YAML; give a name that ends in .yaml")
-    story = _understood(storyline, title, errors=False)
+    story = _story(storyline, title, writing=True)
     save_story(story, out)
     _say(f"{out}: {_count(story.shots, 'shot')}, {_count(story.cast, 'character')}, {_count(story.sets, 'set')}")
 
@@ -78,9 +78,8 @@ def movie(
     json: Json = None,
 ) -> None:
     """Make a film from a story: plan its keyframes, animate its shots, join them."""
-    from cinema.movie import make_movie
-
-    made = _watch(make_movie, _story(story), out, preset.remembering(retrieval=retrieval), seed, workdir)
+    chosen = preset.remembering(retrieval=retrieval)
+    made = _watch("cinema.movie:make_movie", _story(story), out, chosen, seed, workdir)
     _show(made, json)
     _say(f"{out}: {_count(made.keyframes, 'shot')}")
 
@@ -95,12 +94,9 @@ def plan(
     seed: Seed = 0,
 ) -> None:
     """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
-    from cinema.movie import plan_storyboard
-
     chosen = preset.remembering(retrieval=retrieval)
-    _say(
-        f"{out}: {_count(_watch(plan_storyboard, _story(story), out, chosen, seed, edited=edit).keyframes, 'keyframe')}"
-    )
+    board = _watch("cinema.movie:plan_storyboard", _story(story), out, chosen, seed, edited=edit)
+    _say(f"{out}: {_count(board.keyframes, 'keyframe')}")
 
 
 @app.command()
@@ -111,9 +107,7 @@ def animate(
     seed: Seed = 0,
 ) -> None:
     """Make a film from a planned storyboard."""
-    from cinema.movie import animate_storyboard
-
-    _watch(animate_storyboard, storyboard, out, preset, seed)
+    _watch("cinema.movie:animate_storyboard", storyboard, out, preset, seed)
     _say(f"{out}: written")
 
 
@@ -126,7 +120,7 @@ def curate(
     ] = "none",
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the local annotator's model.")] = None,
     cast: Annotated[Path | None, typer.Option(help="YAML whose `cast` captions may name, or a folder of such.")] = None,
-    detector: Annotated[str | None, typer.Option(help=DETECTOR_HELP)] = None,
+    detector: Annotated[str, typer.Option(help=DETECTOR_HELP)] = "planes",
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests for captions it may send.", min=0)] = None,
@@ -147,14 +141,15 @@ def curate(
         "local": lambda: curation.LocalAnnotator(model, people),
         "none": curation.NoAnnotator,
     }
-    options: dict[str, Any] = {"annotator": makers[annotator](), "height": preset.keyframes.height, "video": video}
-    options |= {"workers": workers or (1 if annotator == "local" else _cores()), "limit_s": time_limit, "ray": ray}
-    options |= {"max_requests": max_requests, "max_tokens": max_tokens} | ({"detector": detector} if detector else {})
-    result = _watch(curation.curate, curation.find_films(films, out), out, **options)
+    workers = workers or (1 if annotator == "local" else _cores())
+    options: dict[str, Any] = {"height": preset.keyframes.height, "detector": detector, "video": video, "ray": ray}
+    options |= {"limit_s": time_limit, "max_requests": max_requests, "max_tokens": max_tokens, "workers": workers}
+    given = curation.find_films(films, out), out
+    result = _watch("cinema.curation:curate", *given, annotator=makers[annotator](), **options)
     columns = "status", "shots", "kept", "reason"
     _show(result, json, {curation.shown(str(f.film)): {c: getattr(f, c) for c in columns} for f in result.films})
     if report:
-        _say(f"{curation.write_report(out, options['workers'])}: open it in a browser")
+        _say(f"{curation.write_report(out, workers)}: open it in a browser")
     if result.out_of_money:
         _say(f"the spending limit is reached after {result.requests} requests; the same command goes on from here")
         raise typer.Exit(4)
@@ -170,9 +165,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
 ) -> None:
     """Train a model; a run that was stopped goes on with --resume and ends as if it never had been."""
-    from cinema import training
-
-    _watch(training.train, settings, out, resume)
+    _watch("cinema.training:train", settings, out, resume)
     _say(f"{out}: trained")
 
 
@@ -187,10 +180,10 @@ def toyworld(
     seed: Seed = 0,
 ) -> None:
     """Write films of the toy world, with their ground truth beside them."""
-    from cinema.toyworld.film import write_films
-
     options: dict[str, Any] = {"transitions": transitions, "titles": titles, "letterbox": letterbox}
-    _say(f"{out}: {_count(_watch(write_films, films, seed, out, shots=shots, **options), 'film')}")
+    _say(
+        f"{out}: {_count(_watch('cinema.toyworld.film:write_films', films, seed, out, shots=shots, **options), 'film')}"
+    )
 
 
 @app.command()
@@ -202,9 +195,7 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Plan held-out toy stories and read from the pixels whether sets, looks and positions are as captioned."""
-    from cinema.evaluation import evaluate_stories
-
-    _show(_watch(evaluate_stories, preset, stories, shots, seed), json)
+    _show(_watch("cinema.evaluation:evaluate_stories", preset, stories, shots, seed), json)
 
 
 @app.command()
@@ -240,9 +231,7 @@ def bench_curate(
     json: Json = None,
 ) -> None:
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
-    from cinema.bench import bench_curate
-
-    _show(_watch(bench_curate, folder, detector or (), toy), json)
+    _show(_watch("cinema.bench:bench_curate", folder, detector or (), toy), json)
 
 
 @bench.command("retrieval")
@@ -254,9 +243,7 @@ def bench_retrieval(
     json: Json = None,
 ) -> None:
     """Compare who retrieves the frames that matter, on flashbacks of the toy world; measure the time of a search."""
-    from cinema.bench_retrieval import bench_retrieval
-
-    _show(_watch(bench_retrieval, preset, stories, seed, frames), json)
+    _show(_watch("cinema.bench_retrieval:bench_retrieval", preset, stories, seed, frames), json)
 
 
 @bench.command("returns")
@@ -267,9 +254,9 @@ def bench_returns(
     json: Json = None,
 ) -> None:
     """Compare who is still recognised when a film returns to an early scene, by who chooses what is remembered."""
-    from cinema.evaluation import evaluate_returns
-
-    _show(_watch(evaluate_returns, preset, stories, ("recency", "clip", "t5", "oracle"), seed), json)
+    _show(
+        _watch("cinema.evaluation:evaluate_returns", preset, stories, ("recency", "clip", "t5", "oracle"), seed), json
+    )
 
 
 @bench.command("planner")
@@ -282,9 +269,7 @@ def bench_planner(
     json: Json = None,
 ) -> None:
     """Compare what the next keyframe costs with GoldenMem and a cache, and with all of the past in every step."""
-    from cinema.bench_planner import bench_planner
-
-    _show(_watch(bench_planner, preset.keyframes, pairs, width, double, single), json)
+    _show(_watch("cinema.bench_planner:bench_planner", preset.keyframes, pairs, width, double, single), json)
 
 
 @app.command()
@@ -318,18 +303,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _story(path: Path) -> Story:
-    """The story of a file, or of a storyline, of which is said in passing what was understood."""
-    return _understood(path) if path.suffix.lower() in (".txt", ".md") else load_story(path)
-
-
-def _understood(storyline: Path, title: str | None = None, errors: bool = True) -> Story:
+def _story(path: Path, title: str | None = None, writing: bool = False) -> Story:
+    """The story of a file; what was understood of a storyline is the result of writing, else said in passing."""
+    if not writing and path.suffix.lower() not in (".txt", ".md"):
+        return load_story(path)
     from cinema.writer import write_story
 
-    written = write_story(read_text(storyline, "a storyline in plain English"), title)
+    written = write_story(read_text(path, "a storyline in plain English"), title)
     for heading, lines in (("Understood", written.understood), ("Left out", written.left_out)):
         if lines:
-            _say("\n  ".join([f"{heading}:", *lines]), errors)
+            _say("\n  ".join([f"{heading}:", *lines]), errors=not writing)
     return written.story
 
 
@@ -376,8 +359,8 @@ def _say(message: str, errors: bool = True) -> None:
     Console(stderr=errors, highlight=False).print(message, markup=False, soft_wrap=True)
 
 
-def _watch(work: Callable[..., Result], *given: Any, **options: Any) -> Result:
-    """Do a piece of work while a progress bar on standard error shows the (done, total, message) that it tells."""
+def _watch(work: str, *given: Any, **options: Any) -> Any:
+    """Call "module:function" while a progress bar on standard error shows the (done, total, message) that it tells."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     text = TextColumn("{task.description}", markup=False)
     with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
@@ -386,7 +369,7 @@ def _watch(work: Callable[..., Result], *given: Any, **options: Any) -> Result:
         def tell(done: int, total: int, message: str) -> None:
             bar.update(task, completed=done, total=total, description=message)
 
-        return work(*given, **options, on_progress=tell)
+        return resolve_name(work)(*given, **options, on_progress=tell)
 
 
 app.add_typer(bench, name="bench")
