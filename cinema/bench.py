@@ -92,8 +92,8 @@ def _toy_events(truth: dict[str, Any]) -> list[Event]:
     reach = {"cut": (0, 0), "dissolve": (OVERLAP // 2 + 1, OVERLAP // 2), "fade": (OVERLAP + BLACK + 1, OVERLAP)}
     shots = [(shot["start_frame"], shot["transition"]) for shot in truth["shots"]]
     events = [Event(at, k, at - reach[k][0], at + reach[k][1], int(k == "cut")) for at, k in shots if at]
-    cards = [at for at in truth["cuts"] if not any(e.start <= at <= e.end for e in events)]
-    return events + [Event(at, "cut", at, at, 1) for at in cards]
+    cards = [Event(at, "cut", at, at, 1) for at in truth["cuts"]]
+    return events + [card for card in cards if not any(e.start <= card.frame <= e.end for e in events)]
 
 
 def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
@@ -174,19 +174,15 @@ def _decode(film: Path) -> None:
         deque(container.decode(video=0), maxlen=0)
 
 
-def _scan(film: Path) -> None:
-    deque(scan_film(probe(film), KEYFRAME, DETECTOR, Timeline(), lambda share, message: None), maxlen=0)
-
-
 def _scenedetect(film: Path, images: int) -> None:
     scenes = detect(str(film), ContentDetector(), start_in_scene=True)
     with tempfile.TemporaryDirectory() as folder:
         save_images(scenes, open_video(str(film)), num_images=images, output_dir=folder)
 
 
-WORK: dict[str, Callable[[Path], None]] = {
+WORK: dict[str, Callable[[Path], object]] = {
     "decode": _decode,
-    "scan": _scan,
+    "scan": lambda film: deque(scan_film(probe(film), KEYFRAME, DETECTOR, Timeline(), lambda *news: None), maxlen=0),
     "scenedetect, 1 image a shot": partial(_scenedetect, images=1),
     "scenedetect, 3 images a shot": partial(_scenedetect, images=3),
 }

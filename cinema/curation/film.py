@@ -70,8 +70,8 @@ def probe(path: Path) -> Film:
 
 def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]]:
     """The Y, U and V planes of a frame, colour at half the size; views into it where it is stored so."""
-    as_is = image.format.name in ("yuv420p", "yuvj420p") and (image.width, image.height) == (film.width, film.height)
-    image = image if as_is else image.reformat(width=film.width, height=film.height, format="yuv420p")
+    name = image.format.name  # of the two stored so, one has the full range of 8 bit
+    image = image.reformat(film.width, film.height, name if name == "yuvj420p" else "yuv420p")
     return [
         np.frombuffer(memoryview(p), np.uint8).reshape(-1, p.line_size)[: p.height, : p.width] for p in image.planes
     ]
@@ -79,8 +79,8 @@ def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]
 
 @dataclass
 class Timeline:
-    """What has been seen of a film so far: frames, when the last one ends, packets that could not be decoded, jumps of
-    the clock, and ticks for which there is no frame."""
+    """What has been seen of a film so far: frames, when the last one ends, packets that could not be decoded, jumps
+    of the clock, and ticks for which there is no frame."""
 
     pts: array = field(default_factory=lambda: array("q"))
     damaged: bytearray = field(default_factory=bytearray)
@@ -103,17 +103,16 @@ class FrameReader:
 
     def __iter__(self) -> Iterator[Frame]:
         """Yield every frame once; PTS strictly increase, also where the file's are missing or repeat."""
-        line, moved = self.line, 0  # ticks by which a clock that starts anew in the middle of the film is late
-        step = max(1, round(1 / (self.film.rate * self.film.time_base)))
-        with _opened(self.film.path) as (container, stream):
+        line, film, moved = self.line, self.film, 0  # `moved`: ticks to add where a clock has started anew
+        step = max(1, round(1 / (film.rate * film.time_base)))
+        with _opened(film.path) as (container, stream):
             for index, (image, damaged) in enumerate(self._images(container, stream)):
                 pts = line.end_pts if image.pts is None else image.pts + moved
                 if index:
                     if pts < line.pts[-1] - 4 * step:
                         moved, pts, line.jumps = moved + line.end_pts - pts, line.end_pts, line.jumps + 1
                     pts = max(pts, line.pts[-1] + 1)
-                    gap = pts - line.end_pts
-                    line.missing += gap if gap * self.film.time_base > GAP_S else 0
+                    line.missing += gap if (gap := pts - line.end_pts) * film.time_base > GAP_S else 0
                 line.pts.append(pts)
                 line.damaged.append(damaged)
                 line.end_pts = pts + (image.duration or step)

@@ -63,10 +63,7 @@ class Filters:
         self._last: Float[np.ndarray, "h w"] | None = None
 
     def judge(self, pixels: UInt8[np.ndarray, "h w 3"]) -> tuple[Scores, str]:
-        """Score a keyframe, and say why to set it aside, "" for not at all.
-
-        Only the one kept before it can make it a repetition: a set that returns later is welcome.
-        """
+        """Score a keyframe, and say why to set it aside, "" for not at all; a set that returns later is welcome."""
         grey = Image.fromarray(pixels).convert("L")
         whole, small = np.asarray(grey), np.asarray(grey.resize(SMALL, Image.Resampling.BOX), np.float32)
         low, high = np.percentile(whole[::2, ::2], [5, 95])
@@ -89,9 +86,9 @@ def sharpness(grey: Float[np.ndarray, "h w"]) -> float:
 
 
 def text_card(grey: UInt8[np.ndarray, "h w"]) -> float:
-    """Share of the picture within 12 grey levels of its median, where all else is thin and stands out; else 0.
+    """Share of the picture within 12 grey levels of its median, where what is more than 60 away is thin; else 0.
 
-    Thin: at least half of what is more than 60 levels away lies within a hundredth of the height of what is not.
+    Thin: at least half of that lies within a hundredth of the height of what is not.
     """
     off = np.abs(grey.astype(np.int16) - int(np.median(grey)))
     ink, reach = off > 60, max(1, len(grey) // 100)

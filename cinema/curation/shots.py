@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 
 import numpy as np
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, SceneDetector
@@ -67,13 +68,10 @@ def cut_film(
         if not line.pts:
             raise UserError(f"{film.path}: not one frame could be decoded; the file is damaged")
 
-    def boundaries() -> Boundaries:
-        yield from DETECTORS[detector](film, picture, frames())
-        yield len(line.pts), "end"
-
     start, kind = 0, "cut"
-    for end, next_kind in boundaries():
-        start_pts, end_pts = line.pts[start], line.end_pts if next_kind == "end" else line.pts[end]
+    for at, next_kind in chain(DETECTORS[detector](film, picture, frames()), [(0, "end")]):
+        end = at or len(line.pts)
+        start_pts, end_pts = line.pts[start], line.pts[at] if at else line.end_pts
         middle = keeper.cut(end, start_pts, end_pts)
         yield CutShot(start, end, start_pts, end_pts, kind, sum(line.damaged[start:end]), middle)
         start, kind = end, next_kind
@@ -118,17 +116,16 @@ class Keeper:
 
 def scene_cuts(kind: Callable[..., SceneDetector], film: Film, box: Box, frames: Iterable[Frame]) -> Boundaries:
     """The cuts of a detector of PySceneDetect, which sees the picture area shrunk to LOOK_SIZE, in BGR."""
-    judge, index, now = kind(min_scene_len=SHORTEST_SHOT), dict[int, int](), None  # PTS -> frame: it answers in moments
+    judge, recent = kind(min_scene_len=SHORTEST_SHOT), deque[tuple[int, int]](maxlen=2 * LATENESS_FRAMES)
     scale = min(1.0, LOOK_SIZE / max(box.right - box.left, box.bottom - box.top))
     size = {"width": max(2, round(film.width * scale)), "height": max(2, round(film.height * scale))}
     left, top, right, bottom = (round(side * scale) for side in box)
     for frame in frames:
-        index[frame.pts] = frame.index
+        recent.append((frame.pts, frame.index))  # it answers in moments
         small = frame.image.reformat(**size, format="bgr24", interpolation="AREA").to_ndarray()
         seen = np.ascontiguousarray(small[top : max(bottom, top + 1), left : max(right, left + 1)])
         now = FrameTimecode(Timecode(pts=frame.pts, time_base=film.time_base), fps=film.rate)
-        yield from ((index[cut.pts], "cut") for cut in judge.process_frame(now, seen))
-    yield from ((index[cut.pts], "cut") for cut in (judge.post_process(now) if now else ()))
+        yield from ((dict(recent)[cut.pts], "cut") for cut in judge.process_frame(now, seen))
 
 
 @dataclass(frozen=True)

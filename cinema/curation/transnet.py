@@ -29,15 +29,10 @@ def transnet_cuts(
 ) -> Iterator[tuple[int, str]]:
     """Where the network says that shots begin, and how: up to three quarters of a window late."""
     left, top, right, bottom = picture
-    network, length, middle = network or load_network(), 0, None  # the last two of the transition that goes on
-
-    def looks() -> Iterator[UInt8[np.ndarray, "27 48 3"]]:
-        for frame in frames:
-            pixels = frame.image.to_ndarray(width=film.width, height=film.height, format="rgb24")
-            area = pixels[top:bottom, left:right]
-            yield cv2.resize(area, (48, 27), interpolation=cv2.INTER_AREA).astype(np.uint8)
-
-    for index, (last, within) in enumerate(_scores(looks(), network)):
+    length, middle = 0, None  # of the transition that goes on
+    pixels = (f.image.to_ndarray(width=film.width, height=film.height, format="rgb24") for f in frames)
+    looks = (cv2.resize(p[top:bottom, left:right], (48, 27), interpolation=cv2.INTER_AREA) for p in pixels)
+    for index, (last, within) in enumerate(_scores(looks, network or load_network())):
         length += bool(last or within)
         if last:
             middle = index
@@ -47,9 +42,9 @@ def transnet_cuts(
             length, middle = 0, None
 
 
-def _scores(looks: Iterator[UInt8[np.ndarray, "27 48 3"]], network: Network) -> Iterator[Bool[np.ndarray, "2"]]:
+def _scores(looks: Iterator[Any], network: Network) -> Iterator[Bool[np.ndarray, "2"]]:
     """The scores of every frame, once; before the first frame and after the last it is repeated."""
-    window, due = list[UInt8[np.ndarray, "27 48 3"]](), 0
+    window, due = list[Any](), 0
     for look in chain(looks, repeat(None)):
         if look is not None:
             due += 1
