@@ -6,7 +6,6 @@ within another's `start` to `end` does not count; whether a fade or dissolve the
 import csv
 import json
 import random
-import re
 import resource
 import sys
 import tempfile
@@ -14,23 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
-from fractions import Fraction
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from scenedetect import ContentDetector, SceneManager, open_video
+from scenedetect import ContentDetector, detect, open_video
 from scenedetect.output import save_images
 
-from cinema.curation.film import probe
+from cinema.curation.film import Timeline, probe
 from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
 from cinema.curation.search import SUFFIXES
-from cinema.curation.shots import DETECTOR, DETECTORS, Timeline, cut_film, unknown_detector
+from cinema.curation.shots import DETECTOR, DETECTORS, cut_film, unknown_detector
 from cinema.errors import UserError
 from cinema.progress import Progress, quiet
 from cinema.toyworld.film import BLACK, OVERLAP, write_film
@@ -51,9 +49,12 @@ class Event:
     end: int
     score: int
 
+    def covers(self, at: int) -> bool:
+        """Whether it goes on in a frame, or next to it."""
+        return self.start - 1 <= at <= self.end + 1
 
-@dataclass(frozen=True)
-class Tally:
+
+class Tally(NamedTuple):
     """Hard cuts found, wrongly found and missed; fades and dissolves reported as such, of how many."""
 
     found: int = 0
@@ -62,15 +63,10 @@ class Tally:
     named: int = 0
     gradual: int = 0
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(*map(add, astuple(self), astuple(other)))
-
     def figures(self) -> dict[str, float | int]:
-        """Precision, recall, F1 and the share of transitions, 1 where there is nothing; and the counts."""
-        shares = {"precision": (self.found, self.found + self.wrong), "recall": (self.found, self.found + self.missed)}
-        shares["f1"] = 2 * self.found, 2 * self.found + self.wrong + self.missed
-        shares["transitions"] = self.named, self.gradual
-        return {name: a / b if b else 1.0 for name, (a, b) in shares.items()} | vars(self)
+        """F1 of hard cuts, 1 where there is nothing, and the counts."""
+        cuts = 2 * self.found + self.wrong + self.missed
+        return {"f1": 2 * self.found / cuts if cuts else 1.0} | self._asdict()
 
 
 def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
@@ -78,19 +74,17 @@ def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
 
     Raises UserError where what lies beside the film is not readable.
     """
-    table, sidecar = (film.with_suffix(ending) for ending in TRUTHS)
-    source = sidecar
+    table, source = (film.with_suffix(ending) for ending in TRUTHS)
     try:
-        toy = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
-        if not isinstance(toy, dict):
-            raise TypeError("it holds no JSON object")
-        area = [0, toy["bars"][0], int(toy["width"]), toy["height"] - toy["bars"][1]] if "bars" in toy else []
+        toy = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+        bars = toy.get("bars")
+        area = [0, bars[0], int(toy["width"]), toy["height"] - bars[1]] if bars else []
         if not table.is_file():
-            return (_toy_events(toy), area) if sidecar.is_file() else None
-        source, rows = table, csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-        numbers = ("start", "end", "score")
+            return (_toy_events(toy), area) if source.is_file() else None
+        source, numbers = table, ("start", "end", "score")
+        rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
         return [Event(int(r["frame"]), r["type"], *(int(r[key]) for key in numbers)) for r in rows], area
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: not the truth about a film ({error}); correct it or move it away") from None
 
 
@@ -98,21 +92,19 @@ def _toy_events(truth: dict[str, Any]) -> list[Event]:
     reach = {"cut": (0, 0), "dissolve": (OVERLAP // 2 + 1, OVERLAP // 2), "fade": (OVERLAP + BLACK + 1, OVERLAP)}
     shots = [(shot["start_frame"], shot["transition"]) for shot in truth["shots"]]
     events = [Event(at, k, at - reach[k][0], at + reach[k][1], int(k == "cut")) for at, k in shots if at]
-    cards = [at for at in truth["cuts"] if not any(e.start <= at <= e.end for e in events)]
-    return events + [Event(at, "cut", at, at, 1) for at in cards]
+    cards = [Event(at, "cut", at, at, 1) for at in truth["cuts"]]
+    return events + [card for card in cards if not any(e.start <= card.frame <= e.end for e in events)]
 
 
 def judge(shots: Sequence[tuple[int, str]], events: Sequence[Event]) -> Tally:
     """Compare where shots begin and how, the first one left out, with the truth."""
-    free, hard = [at for at, _ in shots], [e for e in events if e.score == 1]
+    free, hard = dict(shots), [e for e in events if e.score == 1]
     for event in hard:
         if near := [at for at in free if abs(at - event.frame) <= 1]:
-            free.remove(min(near, key=lambda at: abs(at - event.frame)))
-    found, spans = len(shots) - len(free), {e: range(e.start - 1, e.end + 2) for e in events}
-    wrong = [at for at in free if not any(at in span for span in spans.values())]
+            del free[min(near, key=lambda at: abs(at - event.frame))]
+    found, wrong = len(shots) - len(free), [at for at in free if not any(e.covers(at) for e in events)]
     gradual = [e for e in events if e.kind.startswith(("fade", "dissolve"))]
-    left = [(at, kind) for at, kind in shots if at in free]
-    named = [e for e in gradual if any(at in spans[e] and e.kind.startswith(kind) for at, kind in left)]
+    named = [e for e in gradual if any(e.covers(at) and e.kind.startswith(kind) for at, kind in free.items())]
     return Tally(found, len(wrong), len(hard) - found, len(named), len(gradual))
 
 
@@ -124,17 +116,18 @@ def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progre
     known = [(film, truth) for film in films if (truth := read_truth(film)) is not None]
     if not known:
         raise UserError("no film has a NAME.cuts.csv or the toy world's NAME.json beside it; give a folder with one")
-    tallies, off = dict.fromkeys(detectors, Tally()), list[int]()
+    tallies, off = {name: list[Tally]() for name in detectors}, list[int]()
     for i, (path, (events, area)) in enumerate(known):
         film = probe(path)
         picture = find_borders(film)
-        off += [max(abs(a - b) for a, b in zip(astuple(picture), area, strict=True))] if area else []
-        for name in tallies:
+        off += [max(abs(a - b) for a, b in zip(picture, area, strict=True))] if area else []
+        for name, tally in tallies.items():
             shots = [(shot.start, shot.transition) for shot in cut_film(film, picture, name, Timeline())]
-            tallies[name] += judge(shots[1:], events)
+            tally.append(judge(shots[1:], events))
         on_progress(i + 1, len(known), path.name)
     borders = {"borders off by at most": max(off), "borders exact": off.count(0)} if off else {}
-    return {"films": len(known), **borders, **{name: tally.figures() for name, tally in tallies.items()}}
+    figures = {name: Tally(*np.sum(tally, axis=0).tolist()).figures() for name, tally in tallies.items()}
+    return {"films": len(known)} | borders | figures
 
 
 def write_trials(count: int, seed: int, out: Path, on_progress: Progress = quiet, shots: int = 8) -> list[Path]:
@@ -155,21 +148,22 @@ def write_trials(count: int, seed: int, out: Path, on_progress: Progress = quiet
 
 def _roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
     """Encode a film again, with grain of this standard deviation (of 255) on the luma of its picture area."""
-    rng = np.random.default_rng(0)
-    quality = {"qmin": str(crf // 5), "qmax": str(crf // 5)} if codec == "mpeg4" else {"crf": str(crf)}
-    speed = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx-vp9" else {}
+    rng, options = np.random.default_rng(0), {"crf": str(crf)}
+    if codec == "mpeg4":
+        options = {"qmin": str(crf // 5), "qmax": str(crf // 5)}
+    elif codec == "libvpx-vp9":
+        options |= {"deadline": "realtime", "cpu-used": "8"}
     with av.open(str(film)) as source, av.open(str(path), "w") as target:
-        old = source.streams.video[0]
-        rate = old.average_rate or Fraction(24)
-        stream: Any = target.add_stream(codec, rate=rate, options=quality | speed)
+        old: Any = source.streams.video[0]
+        stream: Any = target.add_stream(codec, rate=old.average_rate, options=options)
         stream.width, stream.height, stream.pix_fmt = old.width, old.height, "yuv420p"
         for number, frame in enumerate(source.decode(old)):
             planes = frame.to_ndarray()
-            luma = planes[: old.height].astype(float)
+            luma = planes[: old.height]
             noise = grain * rng.standard_normal(luma.shape) * (luma > 20)
-            planes[: old.height] = np.clip(luma + noise, 16, 235).round()
+            luma[:] = np.clip(luma + noise, 16, 235).round()
             again = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-            again.pts, again.time_base = number, Fraction(1) / rate
+            again.pts, again.time_base = number, 1 / old.average_rate
             target.mux(stream.encode(again))
         target.mux(stream.encode(None))
 
@@ -181,18 +175,16 @@ def _decode(film: Path) -> None:
 
 
 def _scenedetect(film: Path, images: int) -> None:
-    manager, video = SceneManager(), open_video(str(film))
-    manager.add_detector(ContentDetector())
-    manager.detect_scenes(video)
+    scenes = detect(str(film), ContentDetector(), start_in_scene=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_images(manager.get_scene_list(start_in_scene=True), video, num_images=images, output_dir=folder)
+        save_images(scenes, open_video(str(film)), num_images=images, output_dir=folder)
 
 
 WORK: dict[str, Callable[[Path], object]] = {
     "decode": _decode,
     "scan": lambda film: deque(scan_film(probe(film), KEYFRAME, DETECTOR, Timeline(), lambda *news: None), maxlen=0),
-    "scenedetect, 1 image a shot": lambda film: _scenedetect(film, 1),
-    "scenedetect, 3 images a shot": lambda film: _scenedetect(film, 3),
+    "scenedetect, 1 image a shot": partial(_scenedetect, images=1),
+    "scenedetect, 3 images a shot": partial(_scenedetect, images=3),
 }
 
 
@@ -200,20 +192,14 @@ def _cost(name: str, film: Path) -> dict[str, float]:
     """CPU seconds of this process for a piece of WORK, and its largest memory so far in MiB."""
     began = time.process_time()
     WORK[name](film)
-    return {"cpu seconds": time.process_time() - began, "peak MiB": _peak_bytes() / 2**20}
-
-
-def _peak_bytes() -> int:
-    """Of this process. Linux's `ru_maxrss` begins with the parent's, so its status file is asked first."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {"cpu seconds": time.process_time() - began, "peak MiB": peak}
 
 
 def measure(film: Path) -> dict[str, Any]:
     """CPU seconds (without start-up) and peak memory of all WORK, each in a process of its own, and their ratios."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    # Not "spawn": the peak of a spawned process begins with that of its parent.
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver"), max_tasks_per_child=1) as pool:
         costs: dict[str, Any] = {name: pool.submit(_cost, name, film).result() for name in WORK}
     seconds = {name: cost["cpu seconds"] for name, cost in costs.items()}
     ratios = {f"scan / {name}": seconds["scan"] / s for name, s in seconds.items() if "scenedetect" in name}

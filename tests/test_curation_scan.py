@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +19,9 @@ from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
 from cinema.curation.frames import Box, find_borders, shot_picture
 from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
 from cinema.curation.scan import Filters, scan_film, sharpness, text_card
-from cinema.curation.shots import LATENESS_FRAMES, ROOM, Keeper, SceneDetect, Timeline, cut_film
+from cinema.curation.shots import LATENESS_FRAMES, ROOM, Keeper, Timeline, cut_film, scene_cuts
 from cinema.curation.store import CuratedShot
-from cinema.curation.transnet import EDGE, WINDOW, TransNet
+from cinema.curation.transnet import EDGE, TOGETHER, WINDOW, transnet_cuts
 from cinema.errors import UserError
 from cinema.toyworld.film import write_films
 
@@ -148,7 +149,7 @@ def test_what_moved_before_a_cut_hides_no_cut_soon_after_it(tmp_path):
 
 def test_a_foreign_detector_that_saw_nothing_finds_nothing(tmp_path):
     film = probe(make_film(tmp_path / "a.mp4", [3]))
-    assert SceneDetect(film, Box(0, 0, 128, 64), ContentDetector()).finish() == []
+    assert list(scene_cuts(ContentDetector, film, Box(0, 0, 128, 64), [])) == []
 
 
 # --- fades and dissolves ----------------------------------------------------------------------------------------
@@ -216,14 +217,17 @@ def test_many_cuts_that_are_told_together_cost_no_keyframe(tmp_path, length):
         first = (WINDOW - 2 * EDGE) * next(windows) - EDGE
         return np.repeat([[first + i + 1 in ends] for i in range(WINDOW)], 2, axis=1).astype(np.float32)
 
-    judge = TransNet(film, Box(0, 0, 64, 32), network)
-    keeper, start = Keeper(film, judge.pending), 0
-    for frame in FrameReader(film):
-        keeper.add(frame)
-        for end, _ in judge.look(frame):
-            middle = keeper.cut(end, 512 * start, 512 * end)  # ticks a frame
-            assert middle and abs(middle.index + 0.5 - (start + end) / 2) <= max(1.0, length / 24)
-            start = end
+    keeper, start = Keeper(film, TOGETHER), 0
+
+    def frames() -> Iterator[Frame]:
+        for frame in FrameReader(film):
+            keeper.add(frame)
+            yield frame
+
+    for end, _ in transnet_cuts(film, Box(0, 0, 64, 32), frames(), network):
+        middle = keeper.cut(end, 512 * start, 512 * end)  # ticks a frame
+        assert middle and abs(middle.index + 0.5 - (start + end) / 2) <= max(1.0, length / 24)
+        start = end
     assert start >= 200
 
 
@@ -233,7 +237,7 @@ def test_a_clock_that_starts_anew_goes_on_and_a_hole_is_named(tmp_path):
     joined_up.write_bytes(b"".join(parts))
     reader = FrameReader(probe(joined_up))
     frames = list(reader)
-    assert len(frames) == 48 and reader.jumps == 1
+    assert len(frames) == 48 and reader.line.jumps == 1
     steps = {b.pts - a.pts for a, b in pairwise(frames)}
     assert steps == {90_000 // 24}
     assert (
@@ -326,9 +330,9 @@ def test_filters_name_what_is_wrong_and_keep_their_scores():
         (picture(2), ""),
         (picture(1), ""),  # a set that returns
     ]:
-        found = judged.judge(pixels)
-        assert found.reason == reason
-        assert set(found.scores) == {"card", "contrast", "brightness", "sharpness", "difference"}
+        scores, found = judged.judge(pixels)
+        assert found == reason
+        assert set(scores) == {"card", "contrast", "brightness", "sharpness", "difference"}
     assert text_card(picture()[:, :, 0]) == 0
     assert sharpness(RNG.normal(size=(64, 128)).astype(np.float32)) > 0.8
 
@@ -409,12 +413,16 @@ def test_the_learned_detector_judges_every_frame_once_with_frames_around_it(tmp_
     film = probe(make_film(tmp_path / "a.mp4", [1], size=(64, 32)))
     last, wide = {0, 24, 49, 50, 74, 99, 100, 101, 148, 149, 200}, set(range(170, 181))
     oracle = Oracle(last | {175}, last | wide, count)
-    detector, found = TransNet(film, Box(0, 0, 64, 32), oracle), []
-    for frame in numbered(count):
-        new = detector.look(frame)
-        assert all(frame.index - LATENESS_FRAMES <= at <= frame.index for at, _ in new)
-        found += new
-    found += detector.finish()
+    shown, found = [-1], []
+
+    def frames() -> Iterator[Frame]:
+        for frame in numbered(count):
+            shown.append(frame.index)
+            yield frame
+
+    for at, kind in transnet_cuts(film, Box(0, 0, 64, 32), frames(), oracle):
+        assert shown[-1] - LATENESS_FRAMES <= at <= shown[-1]
+        found.append((at, kind))
     cuts = {1: "cut", 25: "cut", 51: "cut", 75: "cut", 102: "dissolve", 150: "cut", 176: "dissolve", 201: "cut"}
     assert dict(found) == {at: kind for at, kind in cuts.items() if at < count}
     assert oracle.windows == -(-count // (WINDOW - 2 * EDGE))

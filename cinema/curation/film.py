@@ -6,9 +6,11 @@ PTS x time base: frame numbers lie where the rate varies. Axes: `h w` rows and c
 
 import contextlib
 import math
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -21,6 +23,7 @@ from cinema.errors import UserError
 
 # Decoders that go on writing into pictures they have handed out, when what follows is broken: these are copied.
 OVERWRITES = frozenset(["mpeg1video", "mpeg2video"])
+GAP_S = 1.0  # between the end of a frame and the next one: more is a loss
 
 
 @dataclass(frozen=True)
@@ -67,69 +70,76 @@ def probe(path: Path) -> Film:
 
 def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]]:
     """The Y, U and V planes of a frame, colour at half the size; views into it where it is stored so."""
-    as_is = image.format.name in ("yuv420p", "yuvj420p") and (image.width, image.height) == (film.width, film.height)
-    image = image if as_is else image.reformat(width=film.width, height=film.height, format="yuv420p")
-    sizes = [(p, np.frombuffer(memoryview(p), np.uint8)[: p.height * p.line_size]) for p in image.planes]
-    return [rows.reshape(p.height, p.line_size)[:, : p.width] for p, rows in sizes]
+    name = image.format.name  # of the two stored so, one has the full range of 8 bit
+    image = image.reformat(film.width, film.height, name if name == "yuvj420p" else "yuv420p")
+    return [
+        np.frombuffer(memoryview(p), np.uint8).reshape(-1, p.line_size)[: p.height, : p.width] for p in image.planes
+    ]
+
+
+@dataclass
+class Timeline:
+    """What has been seen of a film so far: frames, when the last one ends, packets that could not be decoded, jumps
+    of the clock, and ticks for which there is no frame."""
+
+    pts: array = field(default_factory=lambda: array("q"))
+    damaged: bytearray = field(default_factory=bytearray)
+    end_pts: int = 0
+    errors: int = 0
+    jumps: int = 0
+    missing: int = 0
 
 
 class FrameReader:
-    """One pass over the frames of a film, surviving what is broken in it.
+    """One pass over the frames of a film, surviving what is broken in it; `line` is filled on the way.
 
-    After a packet that cannot be decoded, or that the container marks as corrupt, every frame up to the next key
-    frame is `damaged`, since it is predicted from what is missing. `errors` counts such packets so far, `jumps` how
-    often the clock jumped back. What a codec decodes to a wrong picture without an error cannot be
-    known.
-
-    With `glimpses`, (every, span) in seconds, only key frames at least `every` apart are decoded, and what follows
-    each within `span`; the index counts those frames.
+    What follows a packet that is corrupt or cannot be decoded is `damaged` up to the next key frame, being predicted
+    from it. With `glimpses`, (every, span) in seconds, only key frames at least `every` apart are decoded and counted,
+    and what follows each within `span`.
     """
 
-    def __init__(self, film: Film, glimpses: tuple[float, float] | None = None):
-        self.film, self.errors, self.jumps, self._glimpses = film, 0, 0, glimpses
-        self._bad_since: int | None = None
+    def __init__(self, film: Film, glimpses: tuple[float, float] | None = None, line: Timeline | None = None):
+        self.film, self._glimpses, self.line = film, glimpses, line or Timeline()
 
     def __iter__(self) -> Iterator[Frame]:
         """Yield every frame once; PTS strictly increase, also where the file's are missing or repeat."""
-        step = max(1, round(1 / (self.film.rate * self.film.time_base)))
-        last, end, moved = None, 0, 0  # `moved`: a clock that starts anew in the middle of the film goes on from there
-        with _opened(self.film.path) as (container, stream):
-            for index, image in enumerate(self._images(container, stream)):
-                pts = image.pts + moved if image.pts is not None else end
-                if last is not None and pts < last - 4 * step:
-                    moved, pts, self.jumps = moved + end - pts, end, self.jumps + 1
-                pts = pts if last is None or pts > last else last + 1
-                last, end = pts, pts + (image.duration or step)
-                if stream.codec_context.name in OVERWRITES:
-                    image.make_writable()
-                yield Frame(index, pts, end, self._is_damaged(image), image)
+        line, film, moved = self.line, self.film, 0  # `moved`: ticks to add where a clock has started anew
+        step = max(1, round(1 / (film.rate * film.time_base)))
+        with _opened(film.path) as (container, stream):
+            for index, (image, damaged) in enumerate(self._images(container, stream)):
+                pts = line.end_pts if image.pts is None else image.pts + moved
+                if index:
+                    if pts < line.pts[-1] - 4 * step:
+                        moved, pts, line.jumps = moved + line.end_pts - pts, line.end_pts, line.jumps + 1
+                    pts = max(pts, line.pts[-1] + 1)
+                    line.missing += gap if (gap := pts - line.end_pts) * film.time_base > GAP_S else 0
+                line.pts.append(pts)
+                line.damaged.append(damaged)
+                line.end_pts = pts + (image.duration or step)
+                yield Frame(index, pts, line.end_pts, damaged, image)
 
-    def _images(self, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-        codec, known = stream.codec_context, -(2**62)  # the last decoding time that a packet said
-        for packet in self._packets(container, stream) if self._glimpses is None else self._glimpsed(container, stream):
+    def _images(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[av.VideoFrame, bool]]:
+        """Pictures, and whether they are damaged: in decoding order, since one may be predicted from a later one."""
+        codec, bad_since, dts = stream.codec_context, math.inf, -math.inf
+        packets = self._packets(container, stream)
+        for packet in chain(self._glimpsed(packets) if self._glimpses else packets, [None]):
             try:
-                yield from codec.decode(packet)
-                bad = packet is not None and packet.is_corrupt
+                images, bad = codec.decode(packet), packet is not None and packet.is_corrupt
             except av.FFmpegError:
-                self.errors, bad = self.errors + 1, True
+                images, bad = [], packet is not None
+                self.line.errors += bad
+            for image in images:
+                when = image.dts if image.dts is not None else image.pts or 0
+                if image.key_frame and not image.is_corrupt and when > bad_since:
+                    bad_since = math.inf
+                if codec.name in OVERWRITES:
+                    image.make_writable()
+                yield image, image.is_corrupt or when >= bad_since
             if packet is None:
                 codec.flush_buffers()
-            elif bad and self._bad_since is None:
-                self._bad_since = packet.dts if packet.dts is not None else known
-            known = known if packet is None or packet.dts is None else packet.dts
-        with contextlib.suppress(av.FFmpegError):
-            yield from stream.codec_context.decode(None)
-
-    def _glimpsed(self, container: InputContainer, stream: VideoStream) -> Iterator[av.Packet | None]:
-        """The packets worth decoding; None where a stretch of them ends."""
-        (every, span), began = self._glimpses or (0.0, 0.0), -math.inf
-        for number, packet in enumerate(self._packets(container, stream)):
-            at = float(number / self.film.rate if packet.dts is None else packet.dts * self.film.time_base)
-            if packet.is_keyframe and at >= began + every:
-                yield None
-                began = at
-            if at <= began + span:
-                yield packet
+            else:
+                dts = dts if packet.dts is None else packet.dts
+                bad_since = min(bad_since, dts) if bad else bad_since
 
     def _packets(self, container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
         failures = 0  # in a row: a broken place is passed, a broken rest is given up
@@ -141,22 +151,24 @@ class FrameReader:
                         yield packet
                 return
             except (av.FFmpegError, IndexError):  # IndexError: a damaged stream "opens" another one midway
-                self.errors, failures = self.errors + 1, failures + 1
+                self.line.errors, failures = self.line.errors + 1, failures + 1
 
-    def _is_damaged(self, image: av.VideoFrame) -> bool:
-        # By decoding order (dts): a frame may be predicted from one that is shown after it.
-        when = image.dts if image.dts is not None else image.pts or 0
-        if self._bad_since is not None and image.key_frame and not image.is_corrupt and when > self._bad_since:
-            self._bad_since = None
-        return image.is_corrupt or (self._bad_since is not None and when >= self._bad_since)
+    def _glimpsed(self, packets: Iterator[av.Packet]) -> Iterator[av.Packet | None]:
+        """The packets worth decoding; None where a stretch of them ends."""
+        (every, span), began = self._glimpses or (0.0, 0.0), -math.inf
+        for number, packet in enumerate(packets):
+            at = float(number / self.film.rate if packet.dts is None else packet.dts * self.film.time_base)
+            if packet.is_keyframe and at >= began + every:
+                yield None
+                began = at
+            if at <= began + span:
+                yield packet
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.is_file():
-        there = "is a folder; name the films in it" if path.is_dir() else "is no regular file; give a film"
-        what = there if path.exists() else "there is no such film; correct the path"
-        raise UserError(f"{path}: {what}")
+        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such film'}; name a film file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; copy it again")
     try:

@@ -5,7 +5,6 @@ Array axes: `h w` rows and columns of a stored frame, from the top left; channel
 
 import io
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
@@ -23,9 +22,10 @@ MOST, EVERY = 100, 6.0  # key frames looked at, about, and seconds between two o
 ENOUGH = 12  # looks that make bars certain: with fewer key frames, what follows them is looked at too
 SPACING = 0.5  # seconds between two looks
 
+Look = tuple[float, Bool[np.ndarray, "rows"], Bool[np.ndarray, "columns"]]  # a frame's mean luma, and what is lit
 
-@dataclass(frozen=True)
-class Box:
+
+class Box(NamedTuple):
     """A rectangle in pixels of the stored frame; `right` and `bottom` are exclusive."""
 
     left: int
@@ -38,33 +38,24 @@ def find_borders(film: Film) -> Box:
     """The picture area of a film: what is left without black bars, decided once for the whole film.
 
     A row or column is lit in a frame if its level, the 95th percentile of its luma, is above BLACK and no mere shine
-    of a line beside it; in the film, if it is in more than a tenth of the bright frames. What is not, from an edge
-    inwards, is a bar. Opposite bars must agree within 2 % of the side, else the thinner holds for both.
+    of a line beside it. What is lit in at most a tenth of the bright frames, from an edge inwards, is a bar.
     """
-    every, whole = (film.duration_s or 0.0) / MOST, Box(0, 0, film.width, film.height)
+    every = (film.duration_s or 0.0) / MOST
     looks = _looks(film, (max(EVERY, every), 0.0))
-    free = any(look.mean > BRIGHT for look in looks) and _picture(film, looks) == whole
+    free = any(mean > BRIGHT for mean, *_ in looks) and _picture(film, looks) == (0, 0, film.width, film.height)
     if len(looks) < ENOUGH and not free:
         looks = _looks(film, (every, SPACING * ENOUGH / len(looks)) if looks else None)
-    return _picture(film, looks) if looks else whole
+    return _picture(film, looks)
 
 
-class _Look(NamedTuple):
-    """A frame's mean luma, and which of its rows and columns are lit."""
-
-    mean: float
-    rows: Bool[np.ndarray, "n"]
-    columns: Bool[np.ndarray, "n"]
-
-
-def _looks(film: Film, glimpses: tuple[float, float] | None) -> list[_Look]:
-    looks, last = list[_Look](), -math.inf
+def _looks(film: Film, glimpses: tuple[float, float] | None) -> list[Look]:
+    looks, last = list[Look](), -math.inf
     for frame in FrameReader(film, glimpses):
         image, second = frame.image, float(frame.pts * film.time_base)
         usual = (image.width, image.height) == (film.width, film.height) and not frame.damaged
         if usual and (image.key_frame or second >= last + SPACING):
             y, last = planes_of(image, film)[0], second
-            looks.append(_Look(float(y[::4, ::4].mean()), _lit(y[:, ::4]), _lit(y[::4].T)))
+            looks.append((float(y[::4, ::4].mean()), _lit(y[:, ::4]), _lit(y[::4].T)))
     return looks
 
 
@@ -74,16 +65,17 @@ def _lit(lines: UInt8[np.ndarray, "n pixels"]) -> Bool[np.ndarray, "n"]:
     return (levels > BLACK) & (levels - 16 > SHINE * (near - 16))
 
 
-def _picture(film: Film, looks: list[_Look]) -> Box:
-    least = min(BRIGHT, float(np.quantile([look.mean for look in looks], 0.9)))  # a dark film has its brightest tenth
-    bright = [look for look in looks if look.mean >= least]
-    top, bottom = _bars(np.mean([look.rows for look in bright], axis=0) > 0.1)
-    left, right = _bars(np.mean([look.columns for look in bright], axis=0) > 0.1)
+def _picture(film: Film, looks: list[Look]) -> Box:
+    if not looks:
+        return Box(0, 0, film.width, film.height)
+    means, *lit = (np.array(each) for each in zip(*looks, strict=True))
+    bright = means >= min(BRIGHT, np.quantile(means, 0.9))  # a dark film has its brightest tenth
+    (top, bottom), (left, right) = (_bars(lines[bright].mean(axis=0) > 0.1) for lines in lit)
     return Box(left, top, film.width - right, film.height - bottom)
 
 
 def _bars(lit: Bool[np.ndarray, "n"]) -> tuple[int, int]:
-    """Widths of the bars at both ends of the lines; none where they would leave less than a quarter."""
+    """Widths of the bars at both ends of the lines: none if less than a quarter is left, the thinner if they differ."""
     where = np.flatnonzero(lit)
     if not len(where) or 4 * (np.ptp(where) + 1) < len(lit):
         return 0, 0
@@ -94,7 +86,7 @@ def _bars(lit: Bool[np.ndarray, "n"]) -> tuple[int, int]:
 def shot_picture(image: av.VideoFrame, film: Film, picture: Box) -> Box:
     """The picture area of one shot, by a frame of it: cards have bars of their own, flat black to a straight edge."""
     y = planes_of(image, film)[0][picture.top : picture.bottom, picture.left : picture.right]
-    top, bottom, left, right = (_flat(lines) for lines in (y, y[::-1], y.T, y.T[::-1]))
+    left, top, right, bottom = (_flat(lines) for lines in (y.T, y, y.T[::-1], y[::-1]))
     box = Box(picture.left + left, picture.top + top, picture.right - right, picture.bottom - bottom)
     return box if 4 * (box.right - box.left) * (box.bottom - box.top) >= y.size else picture
 
@@ -114,10 +106,9 @@ def keyframe_image(image: av.VideoFrame, film: Film, picture: Box, height: int) 
     h, w = upright.shape[:2]
     # The crop in stored pixels, fractional: one resize then does aspect, crop and size together.
     crop_w, crop_h = min(w, 2 * h / aspect), min(h, w * aspect / 2)
-    left, top = (w - crop_w) / 2, (h - crop_h) / 2
+    box = (w - crop_w) / 2, (h - crop_h) / 2, (w + crop_w) / 2, (h + crop_h) / 2
     shrinks = crop_h >= height and crop_w >= 2 * height
     how = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC  # BOX is the mean over the area
-    box = (left, top, left + crop_w, top + crop_h)
     return np.asarray(Image.fromarray(np.ascontiguousarray(upright)).resize((2 * height, height), how, box))
 
 

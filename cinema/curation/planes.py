@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Int16, UInt8
+from jaxtyping import Int16, UInt8
 
 from cinema.curation.film import Film, Frame, planes_of
 from cinema.curation.frames import Box
@@ -30,15 +30,12 @@ Planes = UInt8[np.ndarray, "c h w"]
 
 def shrink_planes(frame: Frame, film: Film, picture: Box) -> Planes:
     """The picture area of Y, U and V, all of the size of a shrunk chroma plane, by the four pixels nearest to each."""
-    left, top, right, bottom = picture.left // 2, picture.top // 2, picture.right // 2, picture.bottom // 2  # in chroma
+    left, top = picture.left // 2, picture.top // 2  # in chroma
+    right, bottom = max(left + 1, picture.right // 2), max(top + 1, picture.bottom // 2)
     step = max(1.0, max(right - left, bottom - top) / GRID)
-    w, h = max(1, round((right - left) / step)), max(1, round((bottom - top) / step))
-    small, planes = np.zeros((3, h, w), np.uint8), planes_of(frame.image, film)
-    for plane, scale, out in zip(planes, (2, 1, 1), small, strict=True):
-        area = plane[scale * top : scale * bottom, scale * left : scale * right]
-        if area.size:
-            cv2.resize(area, (w, h), dst=out, interpolation=cv2.INTER_LINEAR)
-    return small
+    size = round((right - left) / step) or 1, round((bottom - top) / step) or 1
+    planes = zip(planes_of(frame.image, film), (2, 1, 1), strict=True)
+    return np.stack([cv2.resize(p[k * top : k * bottom, k * left : k * right], size) for p, k in planes])
 
 
 def change(a: Planes, b: Planes) -> float:
@@ -58,10 +55,6 @@ def is_another_picture(a: Planes, b: Planes) -> bool:
     return change(a, b) >= FLOOR and (luma_distance(a, b) >= GATE or change(a[1:], b[1:]) >= FLOOR)
 
 
-def _is_flat(planes: Planes) -> bool:
-    return float(planes[0].std()) <= FLAT
-
-
 @dataclass(frozen=True)
 class Turn:
     """A shot begins at frame `index`, `time` in seconds, by a "cut", or by a "dissolve" or "fade" over in `until`."""
@@ -75,10 +68,9 @@ class Turn:
 class Gradual:
     """Looks for fades and dissolves, pictures that turn into others step by step, in the latest of a shot.
 
-    In a dissolve from A to B a frame is (1 - alpha) A + alpha B, alpha rising from 0 to 1. So a pixel goes straight
-    from its old value to its new one, in many small steps; where things move, it jumps when an edge passes it. Before
-    and after, most of these pixels hold still; under a slow camera they go on changing. What moves within the two
-    shots spoils only its own pixels. A fade is a dissolve from black, or from any flat picture.
+    In a dissolve a pixel goes straight from its old value to its new one, in many small steps; where things move, it
+    jumps when an edge passes it. Before and after, most of these pixels hold still; under a slow camera they go on
+    changing. A fade is a dissolve from black, or from any flat picture.
     """
 
     def __init__(self, rate: float):
@@ -103,38 +95,31 @@ class Gradual:
         last = len(self._steps) - 1 - length // 2
         first = last - length
         window = [planes for _, _, planes in self._steps[first : last + 1]]
-        old, middle, new, alpha = window[0], window[length // 2], window[-1], (length // 2) / length
-        few = old[:, ::3, ::3], middle[:, ::3, ::3], new[:, ::3, ::3]
-        if change(old, new) < FLOOR or not _is_straight(*few, alpha, SHARE - MARGIN):
+        old, new = window[0], window[-1]
+        if change(old, new) < FLOOR or not (_is_straight(window, 3, SHARE - MARGIN) and _is_straight(window, 1, SHARE)):
             return None
-        if not _is_straight(old, middle, new, alpha, SHARE):
-            return None
-        if _is_flat(new) or not is_another_picture(old, new):  # it fades out: the shot lasts until black ends
+        fades, ends = old[0].std() <= FLAT, new[0].std() <= FLAT
+        if ends or not is_another_picture(old, new):  # it fades out: the shot lasts until black ends
             return None
         frames = np.stack(window).astype(np.int16)
-        whole, good = frames[-1] - frames[0], _gradual_pixels(frames)
-        weight = np.abs(whole) * good
-        fades, (before, after) = _is_flat(old), (self._steps[max(0, first - length // 2)][2], self._steps[-1][2])
+        whole, steps = frames[-1] - frames[0], np.diff(frames, axis=0)
+        size, sign = np.abs(whole), np.sign(whole)
+        good = (np.abs(steps).max(axis=0) <= JUMP * size) & ((steps * sign).min(axis=0) >= -BACK * size)
+        weight, (before, after) = size * good, (self._steps[max(0, first - length // 2)][2], self._steps[-1][2])
         moves = max(0.0 if fades else _movement(frames[0], before, weight), _movement(frames[-1], after, weight))
-        if weight.sum() < SHARE * np.abs(whole).sum() or moves > HOLD:
+        if weight.sum() < SHARE * size.sum() or moves > HOLD:
             return None
-        alpha = ((frames - frames[0]) * (np.sign(whole) * good)).sum(axis=(1, 2, 3)) / weight.sum()
+        alpha = ((frames - frames[0]) * (sign * good)).sum(axis=(1, 2, 3)) / weight.sum()
         index, time, _ = self._steps[first + int(np.argmax(alpha > (0.08 if fades else 0.5)))]
         return Turn(index, time, "fade" if fades else "dissolve", self._steps[last][0])
 
 
-def _is_straight(old: Planes, middle: Planes, new: Planes, alpha: float, share: float) -> bool:
-    """Whether enough of the picture is between its ends where it should be: cheap, and mostly it is not."""
-    whole = new.astype(np.int16) - old
-    off, size = np.abs(middle.astype(np.int16) - old - alpha * whole), np.abs(whole)
+def _is_straight(window: list[Planes], stride: int, share: float) -> bool:
+    """Whether enough of the picture is halfway where it should be: cheap, and mostly it is not."""
+    half = (len(window) - 1) // 2
+    old, middle, new = (window[i][:, ::stride, ::stride].astype(np.int16) for i in (0, half, -1))
+    off, size = np.abs(middle - old - half / (len(window) - 1) * (new - old)), np.abs(new - old)
     return bool((size * (off <= STRAIGHT * size)).sum() >= share * size.sum())
-
-
-def _gradual_pixels(frames: Int16[np.ndarray, "t c h w"]) -> Bool[np.ndarray, "c h w"]:
-    """Pixels that go from the first frame to the last in small steps one way."""
-    whole, steps = frames[-1] - frames[0], np.diff(frames, axis=0)
-    size, back = np.abs(whole), (steps * np.sign(whole)).min(axis=0)
-    return (np.abs(steps).max(axis=0) <= JUMP * size) & (back >= -BACK * size) & (size > 0)
 
 
 def _movement(end: Int16[np.ndarray, "c h w"], beyond: Planes, weight: Int16[np.ndarray, "c h w"]) -> float:

@@ -7,15 +7,15 @@ Array axes: `h w` rows and columns of a keyframe; RGB or grey, 0-255.
 
 import json
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
+import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from cinema.curation.film import Film
-from cinema.curation.frames import Box, find_borders, keyframe_image, shot_picture, to_jpeg
-from cinema.curation.shots import CutShot, Timeline, cut_film
+from cinema.curation.film import Film, Timeline
+from cinema.curation.frames import find_borders, keyframe_image, shot_picture, to_jpeg
+from cinema.curation.shots import cut_film
 from cinema.curation.store import CuratedShot
 
 SMALL = (128, 64)  # pixels at which blur and repetition are judged: a small film that was enlarged is not blurred
@@ -24,6 +24,8 @@ BLACK = 24.0  # grey level above which 5 % of a frame lie at least, unless it is
 BLURRED = 0.02  # detail of a frame that is still sharp at SMALL, as a share of its contrast
 CARD = 0.7  # share of a text card that is plain background behind thin, far brighter or darker strokes
 SAME = 2.0  # mean grey levels by which a frame differs from the last one kept at least
+
+Scores = dict[str, tuple[float, float]]  # filter -> (score, threshold)
 
 
 def scan_film(
@@ -35,36 +37,23 @@ def scan_film(
     and what is happening. Raises UserError where not one frame can be decoded.
     """
     on_progress(0.0, "looking for borders")
-    picture, expected, filters = find_borders(film), film.expected_frames, Filters()
-    shots = cut_film(film, picture, detector, line, lambda i: on_progress(min(1.0, i / expected), "finding cuts"))
+    borders, expected, base, filters = find_borders(film), film.expected_frames, film.time_base, Filters()
+    shots = cut_film(film, borders, detector, line, lambda i: on_progress(min(1.0, i / expected), "finding cuts"))
     for number, shot in enumerate(shots):
-        yield _row(film, shot, number, picture, height, filters)
-
-
-def _row(film: Film, shot: CutShot, number: int, picture: Box, height: int, filters: "Filters") -> CuratedShot:
-    """A shot with its keyframe, no caption yet; one that is no use is set aside."""
-    image, reason, middle = None, "no frame of it is free of decoding errors", shot.middle
-    scores: dict[str, tuple[float, float]] = {"damaged": (shot.damaged / (shot.end - shot.start), 1.0)}
-    if middle:
-        picture = shot_picture(middle.image, film, picture)
-        pixels = keyframe_image(middle.image, film, picture, height)
-        found = filters.judge(pixels)
-        image, reason, scores = to_jpeg(pixels), found.reason, scores | found.scores
-    base = film.time_base
-    return CuratedShot(
-        shot=number, start_frame=shot.start, end_frame=shot.end, time_base=str(base), transition=shot.transition,
-        start_s=float(shot.start_pts * base), end_s=float(shot.end_pts * base), image=image,
-        keyframe_frame=middle.index if middle else None,
-        keyframe_s=float(middle.pts * base) if middle else None, kept=not reason, reason=reason,
-        scores=json.dumps(scores), **{f"crop_{side}": at for side, at in vars(picture).items()},
-    )  # fmt: skip
-
-
-class Finding(NamedTuple):
-    """What the filters say: `scores` name -> (score, threshold), and why to set the frame aside, "" for not at all."""
-
-    scores: dict[str, tuple[float, float]]
-    reason: str
+        picture, image, reason, middle = borders, None, "no frame of it is free of decoding errors", shot.middle
+        scores: Scores = {"damaged": (shot.damaged / (shot.end - shot.start), 1.0)}
+        if middle:
+            picture = shot_picture(middle.image, film, borders)
+            pixels = keyframe_image(middle.image, film, picture, height)
+            found, reason = filters.judge(pixels)
+            image, scores = to_jpeg(pixels), scores | found
+        yield CuratedShot(
+            shot=number, start_frame=shot.start, end_frame=shot.end, time_base=str(base), transition=shot.transition,
+            start_s=float(shot.start_pts * base), end_s=float(shot.end_pts * base), image=image,
+            keyframe_frame=middle.index if middle else None, keyframe_s=float(middle.pts * base) if middle else None,
+            kept=not reason, reason=reason, scores=json.dumps(scores),
+            **{f"crop_{side}": at for side, at in picture._asdict().items()},
+        )  # fmt: skip
 
 
 class Filters:
@@ -73,8 +62,8 @@ class Filters:
     def __init__(self) -> None:
         self._last: Float[np.ndarray, "h w"] | None = None
 
-    def judge(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Finding:
-        """Score a keyframe. Only the one before it can make it a repetition: a set that returns later is welcome."""
+    def judge(self, pixels: UInt8[np.ndarray, "h w 3"]) -> tuple[Scores, str]:
+        """Score a keyframe, and say why to set it aside, "" for not at all; a set that returns later is welcome."""
         grey = Image.fromarray(pixels).convert("L")
         whole, small = np.asarray(grey), np.asarray(grey.resize(SMALL, Image.Resampling.BOX), np.float32)
         low, high = np.percentile(whole[::2, ::2], [5, 95])
@@ -87,22 +76,19 @@ class Filters:
             ("difference", differs, SAME, differs < SAME, "the keyframe before it again"),
         )
         reason = next((reason for *_, failed, reason in tests if failed), "")
-        if not reason:
-            self._last = small
-        return Finding({name: (round(score, 4), least) for name, score, least, *_ in tests}, reason)
+        self._last = self._last if reason else small
+        return {name: (round(score, 4), least) for name, score, least, *_ in tests}, reason
 
 
 def sharpness(grey: Float[np.ndarray, "h w"]) -> float:
     """Standard deviation of what a 3 x 3 mean takes away, as a share of the picture's; 1 for noise, 0 for fog."""
-    rows = grey[:-2] + grey[1:-1] + grey[2:]
-    mean = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
-    return float((grey[1:-1, 1:-1] - mean).std() / (grey.std() + 1e-6))
+    return float((grey - cv2.blur(grey, (3, 3)))[1:-1, 1:-1].std() / (grey.std() + 1e-6))
 
 
 def text_card(grey: UInt8[np.ndarray, "h w"]) -> float:
-    """Share of the picture within 12 grey levels of its median, where all else is thin and stands out; else 0.
+    """Share of the picture within 12 grey levels of its median, where what is more than 60 away is thin; else 0.
 
-    Thin: at least half of what is more than 60 levels away lies within a hundredth of the height of what is not.
+    Thin: at least half of that lies within a hundredth of the height of what is not.
     """
     off = np.abs(grey.astype(np.int16) - int(np.median(grey)))
     ink, reach = off > 60, max(1, len(grey) // 100)
