@@ -80,7 +80,6 @@ def connect(
     every request, and may raise.
     """
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-
     asked: Any = {"model": server.model, "temperature": 0, "response_format": form}
 
     def say(messages: list[Any]) -> Reply:
