@@ -17,7 +17,7 @@ from PIL import Image
 
 from cinema.config import PHI, KeyframeSettings, Preset
 from cinema.errors import UserError
-from cinema.evaluation import bootstrap, paired, score_keyframes
+from cinema.evaluation import bootstrap, score_keyframes
 from cinema.files import write_json
 from cinema.flow import velocity
 from cinema.goldenmem import PATCH, Layout, levels, tokens
@@ -77,7 +77,7 @@ def ablate(
     rows = {label: [film for part in own for film in part["judged"]] for label, own in parts.items()}
     first = next(iter(rows.values()))
     figures = {
-        label: {"identity": _share(own), "ci95": bootstrap(own), "gain ci95": paired(own, first)}
+        label: {"identity": _share(own), "ci95": bootstrap(own), "gain ci95": bootstrap(own, first)}
         | {"by seed": [_share(part["judged"]) for part in parts[label]]}
         | {fact: parts[label][0][fact] for fact in ("sides", "tokens")}
         for label, own in rows.items()
@@ -108,7 +108,7 @@ def learn_ratio(preset: Preset, films: int = 24, seed: int = 0) -> tuple[float, 
 def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     if changes.get("memory_ratio") == LEARNED:
         changes = {**changes, "memory_ratio": learn_ratio(_changed(preset, {**changes, "memory_ratio": BUDGET}))}
-    return replace(preset, keyframes=replace(preset.keyframes, **changes))
+    return preset.remembering(**changes)
 
 
 def _kept(

@@ -15,7 +15,7 @@ from cinema.keyframes import KeyframePlanner, make_retriever
 from cinema.progress import Progress, quiet
 from cinema.retrieval import DEPTHS, RETRIEVALS, Index, Moment, coverage, describe, relevant
 from cinema.toyworld.draw import render
-from cinema.toyworld.world import RETURN, sample_flashback
+from cinema.toyworld.world import sample_flashback
 
 
 def bench_retrieval(
@@ -36,7 +36,7 @@ def bench_retrieval(
             retriever, covered = make_retriever(replace(settings, retrieval=name), text, "cpu", i), []
             for j, shot in enumerate(story.shots):
                 query = Moment(shot, describe(story, shot.caption))
-                if j >= RETURN:
+                if j >= len(story.shots) * 3 // 4:  # after the return
                     ranked, wanted = retriever.rank(query, DEPTHS[-1]), relevant(shot, story.shots[:j])
                     covered.append([coverage(ranked, wanted, k) for k in DEPTHS])
                 retriever.add(replace(query, image=pictures[j]))

@@ -46,10 +46,15 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the figure
 Retrieval = Annotated[
     str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
 ]
+Window = Annotated[int | None, typer.Option(help="Keyframes that are drawn together.")]
+Mask = Annotated[str | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
+Width = Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)]
+Double = Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)]
+Single = Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)]
 Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
 
 
@@ -73,12 +78,14 @@ def movie(
     out: FilmFile,
     preset: Preset = None,
     retrieval: Retrieval = None,
+    window: Window = None,
+    mask: Mask = None,
     seed: Seed = 0,
     workdir: Annotated[Path | None, typer.Option(help="Keep what is in between here, and go on from it.")] = None,
     json: Json = None,
 ) -> None:
     """Make a film from a story: plan its keyframes, animate its shots, join them."""
-    chosen = preset.remembering(retrieval=retrieval)
+    chosen = preset.remembering(retrieval=retrieval, window=window, mask=mask)
     made = _watch("cinema.movie:make_movie", _story(story), out, chosen, seed, workdir)
     _show(made, json)
     _say(f"{out}: {_count(made.keyframes, 'shot')}")
@@ -90,11 +97,13 @@ def plan(
     out: Folder,
     preset: Preset = None,
     retrieval: Retrieval = None,
+    window: Window = None,
+    mask: Mask = None,
     edit: Annotated[bool, typer.Option("--edit", help="The story was edited: plan again what depends on it.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
-    chosen = preset.remembering(retrieval=retrieval)
+    chosen = preset.remembering(retrieval=retrieval, window=window, mask=mask)
     board = _watch("cinema.movie:plan_storyboard", _story(story), out, chosen, seed, edited=edit)
     _say(f"{out}: {_count(board.keyframes, 'keyframe')}")
 
@@ -246,30 +255,43 @@ def bench_retrieval(
     _show(_watch("cinema.bench_retrieval:bench_retrieval", preset, stories, seed, frames), json)
 
 
-@bench.command("returns")
-def bench_returns(
-    stories: Annotated[int, typer.Option(help="Flashback stories.", min=2)] = 200,
+@bench.command("ablate")
+def bench_ablate(
+    name: Annotated[str, typer.Argument(help="retrieval, ratio, group, levels, rope, sigma or mask.")],
+    stories: Annotated[int, typer.Option(help="Films of each seed.", min=2)] = 50,
+    seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep what is done here, and go on from it.")] = None,
     preset: Preset = None,
-    seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Compare who is still recognised when a film returns to an early scene, by who chooses what is remembered."""
-    _show(
-        _watch("cinema.evaluation:evaluate_returns", preset, stories, ("recency", "clip", "t5", "oracle"), seed), json
-    )
+    """Change one thing of the memory at a time, and read who is still recognised when a film returns to a scene."""
+    _show(_watch("cinema.ablation:ablate", preset, name, stories, range(seeds), out), json)
 
 
 @bench.command("planner")
 def bench_planner(
     pairs: Pairs = "8,32,48",
-    width: Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)] = 768,
-    double: Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)] = 4,
-    single: Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)] = 8,
+    width: Width = 768,
+    double: Double = 4,
+    single: Single = 8,
     preset: Preset = None,
     json: Json = None,
 ) -> None:
     """Compare what the next keyframe costs with GoldenMem and a cache, and with all of the past in every step."""
     _show(_watch("cinema.bench_planner:bench_planner", preset.keyframes, pairs, width, double, single), json)
+
+
+@bench.command("training")
+def bench_training(
+    pairs: Pairs = "8,16,32",
+    width: Width = 768,
+    double: Double = 4,
+    single: Single = 8,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Compare a step of training by folds, with and without GoldenMem, with one long sequence under dense masks."""
+    _show(_watch("cinema.bench_training:bench_training", preset.keyframes, pairs, width, double, single), json)
 
 
 @app.command()

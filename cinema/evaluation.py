@@ -4,7 +4,7 @@ A look is described at its character's first appearance only: there it must be d
 must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -16,9 +16,8 @@ from cinema.config import Preset
 from cinema.keyframes import KeyframePlanner, Pictures
 from cinema.progress import Progress, quiet
 from cinema.story import Story
-from cinema.toyworld.draw import render
 from cinema.toyworld.reader import read_clip, read_keyframe
-from cinema.toyworld.world import RETURN, Look, parse_caption, sample_flashback, sample_movie
+from cinema.toyworld.world import Look, parse_caption, sample_movie
 
 ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
 LOOK = ATTRIBUTES[:3]
@@ -125,32 +124,6 @@ def evaluate_stories(
     figures["by_attribute"] = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
     figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
     return figures | {"counts": {name: sum(map(len, own)) for name, own in rows.items()}}
-
-
-def evaluate_returns(
-    preset: Preset, stories: int, retrievals: Sequence[str], seed: int = 0, on_progress: Progress = quiet
-) -> dict[str, Any]:
-    """Who is still right when a film comes back to an early scene, by who chooses what is remembered.
-
-    Of every held-out flashback the first shot after the return is planned; what comes before is as the toy world draws
-    it. Two GoldenMem levels are remembered, fewer shots than lie between. UserError as for `evaluate_stories`.
-    Returns `identity` by retrieval, `ci95` of it, and `gain ci95`: of how much it is above the first one's.
-    """
-    planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
-    settings, rows, done = replace(preset.keyframes, memory_levels=2), dict[str, list[list[bool]]](), count(1)
-    for name in retrievals:
-        chosen, rows[name] = replace(planner, settings=replace(settings, retrieval=name)), []
-        for i in range(stories):
-            movie = sample_flashback(f"heldout/{seed}/{i}")
-            known = {j: render(movie, shot, settings.height) for j, shot in enumerate(movie.shots[:RETURN])}
-            story = replace(movie, shots=movie.shots[: RETURN + 1]).story()
-            rows[name].append(_score(story, [chosen.plan(story, seed, None, known)[-1].image]).identity)
-            on_progress(next(done), stories * len(retrievals), f"{name}, story {i + 1} of {stories}")
-    first, *others = retrievals
-    figures: dict[str, Any] = {"stories": stories, "seed": seed, "preset": preset.name}
-    figures["identity"] = {name: _share(own) for name, own in rows.items()}
-    figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
-    return figures | {"gain ci95": {name: bootstrap(rows[name], rows[first]) for name in others}}
 
 
 def other_context(story: Story, other: Story) -> Story:

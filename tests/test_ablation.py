@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 
 import cinema.ablation
 from cinema.ablation import ABLATIONS, LEARNED, SHOTS, ablate, learn_ratio
+from cinema.cli import main
 from cinema.config import TOY, Preset
 from cinema.errors import UserError
 from cinema.goldenmem import levels, tokens
@@ -61,6 +63,15 @@ def test_an_error_of_a_ratio_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> 
     plain = replace(TOY, keyframes=replace(TOY.keyframes, guidance=1.0, memory_levels=4))
     blind = replace(plain, keyframes=replace(plain.keyframes, context_sigma=1.0))
     assert cinema.ablation._error(plain, 3, 0) < cinema.ablation._error(blind, 3, 0)
+
+
+def test_the_command_tells_identity_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    judged = {"judged": [[True], [False]], "sides": [8], "tokens": 384}
+    monkeypatch.setattr(cinema.ablation, "_judge", lambda *_: judged)
+    file = tmp_path / "f.json"
+    assert main(["bench", "ablate", "rope", "--stories", "2", "--seeds", "1", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["rows"]["raw"]["identity"] == 0.5
+    assert "same extent" in capsys.readouterr().out
 
 
 def test_an_unknown_ablation_is_one_sentence() -> None:

@@ -1,10 +1,13 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 
 from cinema.bench_planner import random_flux, random_pairs
 from cinema.bench_training import bench_training, dense_pairs, most_allocated
+from cinema.cli import main
 from cinema.config import TOY
 from cinema.goldenmem import Layout
 
@@ -19,6 +22,13 @@ def test_three_forms_are_timed_and_their_peaks_told() -> None:
     assert row["mask / form"]["fold"] == row["seconds"]["mask"] / row["seconds"]["fold"]
     assert 0 < row["peak bytes"]["goldenmem"] < row["peak bytes"]["fold"] < row["peak bytes"]["mask"]
     assert json.loads(json.dumps(told)) == told
+
+
+def test_the_command_prints_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "f.json"
+    given = ["--pairs", "2", "--width", "64", "--double", "1", "--single", "1", "--json", str(file)]
+    assert main(["bench", "training", *given]) == 0
+    assert list(json.loads(file.read_text())["pairs"]) == ["2"] and "mask / form" in capsys.readouterr().out
 
 
 def test_the_dense_form_computes_what_the_folds_compute() -> None:

@@ -37,7 +37,6 @@ CAMERAS = ("static", "pan left", "pan right", "push in")
 ACTIONS = ("standing", "jumping", "swaying", "walking", "waving")
 POSITIONS = {"left": 0.5, "center": 1.0, "right": 1.5}  # in frame heights; the frame is 2 wide
 FRAMES, FPS = TOY.video.frames, TOY.video.fps
-RETURN = 18  # the shot in which a flashback goes back
 
 RGB = tuple[int, int, int]
 
@@ -171,16 +170,16 @@ def sample_movie(seed: int | str, shots: int, looks: str = "train", returns: boo
     return Movie(f"Toy film {seed}", cast, sets, line)
 
 
-def sample_flashback(seed: int | str) -> Movie:
-    """A random movie of four scenes of six shots, each with a set and two characters of its own.
+def sample_flashback(seed: int | str, shots: int = 6) -> Movie:
+    """A random movie of four scenes of so many shots, each with a set and two characters of its own.
 
-    The last one, from shot `RETURN` on, goes back to the first or the second.
+    The last one, from shot 3 `shots` on, goes back to the first or the second.
     """
     rng = random.Random(f"toyworld/flashback/{seed}")
     cast = _sample_cast(6, "train", rng)
     scenes = [(sample_set(p, rng), list(cast)[2 * i : 2 * i + 2]) for i, p in enumerate(rng.sample(list(PLACES), 3))]
     scenes.append(scenes[rng.randrange(2)])
-    line = [_sample_setup(design.place, tags, rng) for design, tags in scenes for _ in range(6)]
+    line = [_sample_setup(design.place, tags, rng) for design, tags in scenes for _ in range(shots)]
     return Movie(f"Flashback {seed}", cast, {design.place: design for design, _ in scenes}, line)
 
 
