@@ -17,6 +17,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 from cinema.errors import UserError
+from cinema.keyframes import to_image
 from cinema.training import make_task, train
 from cinema.training.autoencoder import (
     AutoencoderTask,
@@ -24,7 +25,6 @@ from cinema.training.autoencoder import (
     frames_of_step,
     plain_state,
     psnr,
-    to_image,
     to_tensor,
     whiten,
 )
@@ -40,7 +40,7 @@ from cinema.training.text import (
     vocabulary,
 )
 
-TINY = {"height": 32, "channels": [8, 8, 8, 8], "latent_channels": 4}
+TINY = {"height": 32, "shape": {"block_out_channels": [8, 8, 8, 8], "latent_channels": 4}}
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -158,12 +158,12 @@ def test_missing_and_broken_configs(tmp_path: Path) -> None:
         make_task("x", 0, None, {})
     with pytest.raises(UserError, match="colour"):
         make_task("autoencoder", 0, None, {"colour": 1})
-    for options in ({"height": "tall"}, {"seed": 3}):
+    for options in ({"height": "tall"}, {"seed": 3}, {"shape": {"colour": 1}}):
         with pytest.raises(UserError, match="correct the options"):
             make_task("autoencoder", 0, None, options)
     AutoencoderTask(seed=0, init=None, **TINY).save(tmp_path / "vae")
-    with pytest.raises(UserError, match="'colour' is not an option where `init` gives the model"):
-        make_task("autoencoder", 0, str(tmp_path / "vae"), {"colour": 1})
+    with pytest.raises(UserError, match="'shape' is not an option where `init` gives the model"):
+        make_task("autoencoder", 0, str(tmp_path / "vae"), TINY)
 
 
 def test_every_shipped_config_is_valid() -> None:
@@ -251,7 +251,7 @@ def test_a_saved_autoencoder_loads_white_and_scaled(tmp_path: Path) -> None:
 
 def test_pictures_round_trip() -> None:
     frames = (torch.randint(0, 256, (1, 3, 8, 16)).float()) / 127.5 - 1
-    assert torch.equal(to_tensor([to_image(frames[0])]), frames)
+    assert torch.equal(to_tensor([to_image(frames)]), frames)
     assert psnr(frames, frames * 0.9) > 15 and edge_error(frames, frames + 0.1).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -269,7 +269,7 @@ def test_every_word_of_a_clause_is_to_know_the_whole_clause() -> None:
     assert not target[place:].any() and ids[place] == tokenizer.eos_token_id
 
 
-def test_t5_is_scored_on_words_and_not_on_padding(tmp_path: Path) -> None:
+def test_t5_is_scored_on_words_and_not_on_padding() -> None:
     task, captions = T5Task(0, None), shot_captions(0, 1, 4)
     loss, figures = task.loss(task.model, Stage(steps=2, batch=4), step=1)
     words, target = tokenize(task.tokenizer, captions), clause_targets(task.tokenizer, captions).float()
@@ -277,9 +277,6 @@ def test_t5_is_scored_on_words_and_not_on_padding(tmp_path: Path) -> None:
     real = (words != task.tokenizer.pad_token_id) & (words != task.tokenizer.eos_token_id)
     torch.testing.assert_close(loss, error[real].mean())
     assert figures["exact"] == 0
-    task.sample(tmp_path / "sheet.png", Stage(steps=2, batch=4))
-    told = (tmp_path / "sheet.txt").read_text().splitlines()
-    assert shot_captions(0, 10**7, 8)[0] == told[0] and told[2].startswith("  shot: ")
 
 
 def test_tokenizers_know_the_shot_list_and_spell_the_rest() -> None:
@@ -304,8 +301,8 @@ def test_windows_are_ordered_and_inside_the_film() -> None:
 
 
 def test_a_missing_part_is_one_sentence(tmp_path: Path) -> None:
-    options = {"vae": str(tmp_path / "vae"), "clip": "x", "t5": "x", "cache": "x"}
-    with pytest.raises(UserError, match=r"there is no folder 'vae: .*train that part first"):
+    options = {"vae": str(tmp_path / "vae"), "clip": str(tmp_path), "t5": str(tmp_path), "cache": "x"}
+    with pytest.raises(UserError, match=r"keyframes: vae: path does not .*vae.*train that part first"):
         make_task("keyframes", 0, None, options)
     with pytest.raises(UserError, match="12 pairs, but the films have 8 shots"):
         sample_shots(random.Random(0), 8, 12)

@@ -8,7 +8,6 @@ from diffusers import FluxPipeline
 
 from cinema.config import TOY
 from cinema.toyworld.world import sample_movie
-from cinema.training import keyframes as training_keyframes
 from cinema.training import make_task
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.keyframes import KeyframeTask, recall_error, recall_targets
@@ -16,6 +15,7 @@ from cinema.training.loop import HalfPrecision, run_training
 from cinema.training.text import make_tokenizer, small_clip, small_t5
 
 VAE = str(Path(TOY.keyframes.weights) / "vae")
+SHAPE = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def task(folders: dict[str, str]) -> KeyframeTask:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_keyframes, "SHARD", 2)
-        shape = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
-        return KeyframeTask(0, None, **folders, movies=2, shots=6, recall=0.1, **shape)
+    return KeyframeTask(0, None, **folders, movies=2, shots=6, recall=0.1, shape=SHAPE)
 
 
 def test_words_are_asked_for_the_look_that_was_told_of_their_character() -> None:
@@ -106,17 +103,14 @@ def test_attention_learns_to_recall_a_look_by_its_name(task: KeyframeTask) -> No
 
 
 def test_a_run_saves_a_folder_that_stock_flux_draws_with(folders: dict[str, str], tmp_path: Path) -> None:
-    shape = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
     told = {
         "task": "keyframes",
-        "options": folders | shape | {"movies": 2, "shots": 2},
+        "options": folders | {"movies": 2, "shots": 2, "shape": SHAPE},
         "stages": [{"steps": 1, "batch": 1, "pairs": 1}, {"steps": 1, "batch": 1, "pairs": 2}],
         "muon_lr": 1e-3,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_keyframes, "SHARD", 2)
-        config = TrainConfig.model_validate(told)
-        run_training(config, make_task("keyframes", 0, None, config.options), tmp_path, resume=False)
+    config = TrainConfig.model_validate(told)
+    run_training(config, make_task("keyframes", 0, None, config.options), tmp_path, resume=False)
     assert (tmp_path / "samples" / "final.png").exists()
     pipeline = FluxPipeline.from_pretrained(tmp_path / "weights", dtype=torch.bfloat16)
     assert pipeline("close shot, city.", height=32, width=64, num_inference_steps=1).images[0].size == (64, 32)

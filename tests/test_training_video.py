@@ -15,12 +15,13 @@ from cinema.training import video as training_video
 from cinema.training.autoencoder import psnr
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.loop import HalfPrecision, run_training
-from cinema.training.video import ClipStore, VideoTask, window_captions
+from cinema.training.video import VideoTask, window_captions
 from cinema.training.video_autoencoder import VideoAutoencoderTask, clips_of_step
 from cinema.video import decode_clips, encode_clips
 
-SHAPE = {"channels": [8, 8, 8], "layers": [1, 0, 0], "decoder_channels": [8, 16], "decoder_layers": [0, 0, 1]}
+SHAPE = {"block_out_channels": [8, 8, 8], "decoder_block_out_channels": [8, 16], "decoder_layers_per_block": [0, 0, 1]}
 SHAPE |= {"upsample_factor": [1, 2], "latent_channels": 8}
+LTX = {"num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48, "num_layers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A video autoencoder and the text half of a Flux folder."""
     folder = tmp_path_factory.mktemp("video")
     torch.manual_seed(0)
-    VideoAutoencoderTask(0, None, height=64, frames=9, **SHAPE).save(folder / "vae")
+    VideoAutoencoderTask(0, None, height=64, frames=9, shape=SHAPE).save(folder / "vae")
     tiny.text_encoders()[1].save_pretrained(folder / "flux" / "text_encoder_2")
     tiny.tokenizer(start=False, length=10).save_pretrained(folder / "flux" / "tokenizer_2")
     return {"vae": str(folder / "vae"), "keyframes": str(folder / "flux"), "cache": str(folder / "cache")}
@@ -36,13 +37,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def task(folders: dict[str, str]) -> VideoTask:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_video, "SHARD", 2)
-        return VideoTask(0, None, **folders, movies=2, shots=3, heads=2, head_dim=24, layers=2)
+    return VideoTask(0, None, **folders, movies=2, shots=3, shape=LTX)
 
 
 def test_the_autoencoder_learns_clips_and_stills_and_saves_their_statistics(tmp_path: Path) -> None:
-    task = make_task("video_autoencoder", 0, None, SHAPE | {"height": 64, "frames": 9, "stills": 1})
+    task = make_task("video_autoencoder", 0, None, {"height": 64, "frames": 9, "stills": 1, "shape": SHAPE})
     stage, model = Stage(steps=2, batch=1), HalfPrecision(task.model)
     for step in range(2):
         loss, figures = task.loss(model, stage, step)
@@ -61,7 +60,7 @@ def test_the_autoencoder_learns_clips_and_stills_and_saves_their_statistics(tmp_
 
 
 def test_motion_and_the_first_frame_weigh_more() -> None:
-    task = VideoAutoencoderTask(0, None, height=64, frames=9, first=4.0, motion=2.0, **SHAPE)
+    task = VideoAutoencoderTask(0, None, height=64, frames=9, first=4.0, motion=2.0, shape=SHAPE)
     clips = torch.zeros(1, 3, 3, 2, 2)
     clips[0, :, 2, 0, 0] = 1
     weight = task._weight(clips)
@@ -71,18 +70,18 @@ def test_motion_and_the_first_frame_weigh_more() -> None:
 def test_clips_are_encoded_once_and_the_shards_are_kept(
     task: VideoTask, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    movie, settings = task.store.movie(1), task.settings
+    movie, settings, vae = task.movie(1), task.settings, task.animator.vae
     clip = training_video.clip_frames(movie, movie.shots[2], settings.height, settings.frames)[None]
-    own = encode_clips(task.vae, clip)[0].to(torch.bfloat16)
-    assert torch.equal(task.store.latents[1, 2], own)
-    assert psnr(decode_clips(task.vae, own[None].float(), (8, 16)), clip) > 0
+    own = encode_clips(vae, clip)[0].to(torch.bfloat16)
+    assert torch.equal(task.clips[1]["clips"][2], own)
+    assert psnr(decode_clips(vae, own[None].float(), (8, 16)), clip) > 0
     monkeypatch.setattr(training_video, "encode_clips", lambda *_: pytest.fail("these clips are encoded already"))
-    again = ClipStore(Path(folders["cache"]), task.vae, 0, 1, 3)
-    assert torch.equal(again.latents, task.store.latents[:1])
+    (again,) = VideoTask(0, None, **folders, movies=1, shots=3, shape=LTX).clips
+    assert torch.equal(again["clips"], task.clips[0]["clips"])
 
 
 def test_given_first_frames_are_nearly_clean_and_do_not_learn(task: VideoTask) -> None:
-    window, stage = task._window(3), Stage(steps=1, batch=64, pairs=3)
+    window, stage = task.animator.window([task.settings.frames] * 3), Stage(steps=1, batch=64, pairs=3)
     sigma, learns = task._noise(window, stage, torch.Generator().manual_seed(0))
     given = learns == 0
     assert not given[:, ~window.first].any() and sigma[given].max() <= task.keyframe_sigma
@@ -95,7 +94,7 @@ def test_given_first_frames_are_nearly_clean_and_do_not_learn(task: VideoTask) -
 def test_the_loss_ignores_what_does_not_learn(task: VideoTask) -> None:
     """A model that is far off exactly where a clean frame is given has a small loss."""
     stage = Stage(steps=1, batch=2, pairs=2)
-    learns = task._noise(task._window(2), stage, torch.Generator().manual_seed(3))[1]
+    learns = task._noise(task.animator.window([task.settings.frames] * 2), stage, torch.Generator().manual_seed(3))[1]
 
     class Wrong(torch.nn.Module):
         def __init__(self) -> None:
@@ -118,7 +117,7 @@ def test_captions_of_a_window_are_the_animators() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2
 def test_it_trains_saves_and_stock_diffusers_draws(folders: dict[str, str], task: VideoTask, tmp_path: Path) -> None:
-    options = {**folders, "movies": 2, "shots": 3, "heads": 2, "head_dim": 24, "layers": 2}
+    options = {**folders, "movies": 2, "shots": 3, "shape": LTX}
     config = TrainConfig.model_validate(
         {
             "task": "video",

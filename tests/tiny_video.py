@@ -9,7 +9,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline, LTX
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 
 from cinema.config import Preset
-from cinema.training.video_autoencoder import small_video_autoencoder
 
 LATENT = 8
 
@@ -29,7 +28,22 @@ def transformer() -> LTXVideoTransformer3DModel:
 
 def vae() -> AutoencoderKLLTXVideo:
     torch.manual_seed(0)
-    model = small_video_autoencoder((8, 8, 8, 8), (1, 1, 1, 0), (8, 8, 8), (1, 1, 1, 0), (1, 1, 1), LATENT).eval()
+    model = AutoencoderKLLTXVideo(
+        latent_channels=LATENT,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 0),
+        down_block_types=("LTXVideo095DownBlock3D",) * 3,
+        downsample_type=("spatiotemporal",) * 3,
+        spatio_temporal_scaling=(True,) * 3,
+        decoder_block_out_channels=(8, 8, 8),
+        decoder_layers_per_block=(1, 1, 1, 0),
+        decoder_spatio_temporal_scaling=(True,) * 3,
+        decoder_inject_noise=(False,) * 4,
+        upsample_residual=(True,) * 3,
+        upsample_factor=(1, 1, 1),
+        decoder_causal=True,
+    ).eval()
+    model.encoder.conv_out.conv.bias.data[LATENT:] = -6.0  # small variances
     model.latents_mean.uniform_(-0.5, 0.5)
     model.latents_std.uniform_(0.5, 2.0)
     return model

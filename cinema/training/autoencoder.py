@@ -1,4 +1,4 @@
-"""The image autoencoder: a small `AutoencoderKL`, trained on frames; its learner and losses serve video's too."""
+"""The image autoencoder: a small `AutoencoderKL`, trained on frames; its task serves video's too."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,25 +7,31 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torchvision.utils import save_image
 
-from cinema import keyframes
+from cinema.config import TOY
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
 from cinema.training.config import Stage
+from cinema.training.loop import Task
 
 
 class AutoencoderLearner(nn.Module):
-    """What is trained: frames or clips through a sample of their latents and back."""
+    """What is trained: frames or clips through a sample of their latents and back; a new one's variances are small."""
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderKLLTXVideo) -> None:
+    def __init__(self, vae: Any, new: bool) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, last = vae, getattr(vae.encoder.conv_out, "conv", vae.encoder.conv_out)
+        if new:
+            last.weight.data[vae.config["latent_channels"] :] *= 0.1
+            last.bias.data[vae.config["latent_channels"] :] = -6.0
         flatten_kernels(self)
 
     def forward(
@@ -39,43 +45,62 @@ class AutoencoderLearner(nn.Module):
         return self.vae.decode(latents).sample.float(), 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-class AutoencoderTask:
+@dataclass(kw_only=True)
+class AutoencoderTask(Task):
     """Pixels to latents of 1/8 the size and back: absolute and squared error, edges, a little KL."""
 
+    height: PositiveInt = TOY.keyframes.height
     kl, edges = 1e-4, 0.5  # weights in the loss
 
-    def __init__(self, seed: int, init: str | None, height: int = 128, **shape: Any) -> None:
-        self.seed, self.height = seed, height
-        torch.manual_seed(seed)
-        self.model = AutoencoderLearner(AutoencoderKL.from_pretrained(init) if init else small_autoencoder(**shape))
+    def build(self) -> AutoencoderLearner:
+        """An `AutoencoderKL` with FLUX's latent layout, 16 channels at 1/8.
+
+        It has one norm group: several groups of few channels each would normalise colour away.
+        """
+        return AutoencoderLearner(self.load(AutoencoderKL, "keyframes/vae"), new=not self.init)
+
+    def batch(self, step: int, count: int) -> Float[Tensor, "n 3 *size"]:
+        """What is to be reconstructed at this step."""
+        return frames_of_step(self.seed, step, count, self.height)
+
+    def error(
+        self, decoded: Float[Tensor, "n 3 *size"], frames: Float[Tensor, "n 3 *size"]
+    ) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """Error of a reconstruction, and figures to log."""
+        pixel = (decoded - frames).abs().mean() + 2 * (decoded - frames).square().mean()
+        return pixel + self.edges * edge_error(decoded, frames), {"psnr": psnr(decoded, frames)}
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """Error of reconstructing this step's frames from a sample of their latents."""
-        device = next(model.parameters()).device
-        frames = frames_of_step(self.seed, step, stage.batch, self.height).to(device)
-        decoded, kl = model(frames, torch.Generator(device).manual_seed(step))
-        pixel = (decoded - frames).abs().mean() + 2 * (decoded - frames).square().mean()
-        loss = pixel + self.edges * edge_error(decoded, frames) + self.kl * kl
-        return loss, {"psnr": psnr(decoded, frames), "kl": kl.item()}
+        """Error of reconstructing this step's batch from a sample of its latents."""
+        frames = self.batch(step, stage.batch).to(self.device)
+        decoded, kl = model(frames, torch.Generator(self.device).manual_seed(step))
+        error, figures = self.error(decoded, frames)
+        return error + self.kl * kl, figures | {"kl": kl.item()}
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Whiten the latents, measure their shift and scale on fresh frames, and write the autoencoder's folder."""
-        vae = AutoencoderKL.from_config(self.model.vae.config)
+        """Normalise the latents, then write the autoencoder's folder in bfloat16."""
+        vae = type(self.model.vae).from_config(self.model.vae.config)
         vae.load_state_dict(plain_state(self.model.vae))
-        frames = frames_of_step(self.seed, 10**7, 64, self.height)
+        self.normalise(vae)
+        vae.to(torch.bfloat16).save_pretrained(folder)
+
+    def normalise(self, vae: Any) -> None:
+        """Whiten the latents and measure their shift and scale, on fresh frames."""
+        frames = self.batch(10**7, 64)
         whiten(vae, frames)
         latents = vae.encode(frames).latent_dist.mode()
         shift, scale = latents.mean().item(), 1 / latents.std().item()
         vae.register_to_config(shift_factor=round(shift, 5), scaling_factor=round(scale, 5))
-        vae.to(torch.bfloat16).save_pretrained(folder)
 
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
-        """Frames above their reconstructions."""
-        frames = frames_of_step(self.seed, 10**7 + 1, 6, self.height).to(self.model.vae.device)
+        """Fresh frames above their reconstructions."""
+        frames = self.batch(10**7 + 100, 3).to(self.device)
         decoded = self.model.vae.decode(self.model.vae.encode(frames).latent_dist.mode()).sample
-        to_image(rearrange([frames, decoded], "two (y x) c h w -> c (y two h) (x w)", x=3)).save(path)
+        moments = rearrange([frames, decoded], "two n c ... h w -> two n c (...) h w")
+        shown = moments[:, :, :, [0, moments.shape[3] // 2, -1][: moments.shape[3]]]
+        save_sheet(path, rearrange(shown, "two n c t h w -> (n two t) c h w"), columns=shown.shape[3])
 
 
 @torch.no_grad()
@@ -121,31 +146,6 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k} | kernels
 
 
-def small_autoencoder(
-    channels: Sequence[int] = (16, 32, 64, 128), latent_channels: int = 16, layers: int = 1
-) -> AutoencoderKL:
-    """An `AutoencoderKL` with FLUX's latent layout (16 channels at 1/8) and few parameters.
-
-    One norm group: several groups of few channels each would normalise colour away.
-    """
-    # fmt: off
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=tuple(channels), layers_per_block=layers, latent_channels=latent_channels,
-        norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
-    )
-    # fmt: on
-    narrow(vae.encoder.conv_out, latent_channels)
-    return vae
-
-
-@torch.no_grad()
-def narrow(last: nn.Module, latent_channels: int) -> None:
-    """Begin with a narrow posterior: an encoder's last layer says small variances."""
-    last.get_parameter("weight")[latent_channels:] *= 0.1
-    last.get_parameter("bias")[latent_channels:] = -6.0
-
-
 def frames_of_step(seed: int, step: int, count: int, height: int) -> Float[Tensor, "count 3 h w"]:
     """Fresh keyframes, RGB in [-1, 1]; a function of (seed, step) alone."""
     movies = (sample_movie(f"frames/{seed}/{step}/{i}", 1) for i in range(count))
@@ -158,20 +158,15 @@ def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "n 3 h w"]:
     return torch.from_numpy(pixels).float() / 127.5 - 1
 
 
-def to_image(frame: Float[Tensor, "3 h w"]) -> Image.Image:
-    """RGB in [-1, 1] as a picture."""
-    return keyframes.to_image(frame[None])
-
-
-def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures of one size as one picture."""
-    return to_image(rearrange([to_tensor(row) for row in rows], "y x c h w -> c (y h) (x w)"))
+def save_sheet(path: Path, frames: Float[Tensor, "n 3 h w"], columns: int) -> None:
+    """Write frames, RGB in [-1, 1], as one picture, row by row."""
+    save_image(frames.float(), path, nrow=columns, padding=0, normalize=True, value_range=(-1, 1))
 
 
 def edge_error(a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
     """Mean absolute difference of horizontal and vertical gradients."""
     d = a - b
-    return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+    return d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
 
 
 def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:

@@ -7,16 +7,15 @@ remembered. Some full-size pairs are nearly clean as well, as context is at infe
 import copy
 import random
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from einops import rearrange
 from jaxtyping import BFloat16, Bool, Float
+from pydantic import DirectoryPath, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
@@ -26,39 +25,11 @@ from cinema.goldenmem import PATCH, Layout, coordinates, shrink
 from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_movie
-from cinema.training.autoencoder import sheet, to_tensor
+from cinema.training.autoencoder import save_sheet, to_tensor
 from cinema.training.config import Stage
-from cinema.training.stories import fingerprint, load_shards, sample_shots, save_pipeline
-from cinema.training.text import clip_text_tower, make_tokenizer, tokenize
+from cinema.training.stories import StoryTask, sample_shots, save_pipeline
+from cinema.training.text import clip_text_tower, make_tokenizer, reading_error, tokenize
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
-
-SHARD = 50  # movies per file
-
-
-def story_latents(
-    folder: Path, vae: AutoencoderKL, seed: int, movies: int, shots: int, sides: tuple[int, ...]
-) -> dict[str, BFloat16[Tensor, "n m _s c"]]:
-    """Latents of `movies` toy movies of `shots` shots, at several GoldenMem levels; encoded once, kept in `folder`.
-
-    `sides` are the short sides of the levels, in patches of 16 pixels; the first is the frame's own.
-    """
-
-    def encode(indices: range) -> dict[str, Tensor]:
-        drawn = (training_movie(seed, i, shots) for i in indices)
-        frames, levels = to_tensor([render(m, shot) for m in drawn for shot in m.shots]), {}
-        for side in sides:
-            small = frames if side == sides[0] else shrink(frames, side)
-            tokens = torch.cat([encode_frames(vae, chunk) for chunk in small.split(32)]).to(torch.bfloat16)
-            levels[str(side)] = rearrange(tokens, "(n m) s c -> n m s c", m=shots).contiguous()
-        return levels
-
-    return load_shards(folder / f"stories-{fingerprint(vae, sides)}-{seed}-{shots}", movies, SHARD, encode)
-
-
-@lru_cache(maxsize=8192)
-def training_movie(seed: int, index: int, shots: int) -> Movie:
-    """A toy movie of the training set."""
-    return sample_movie(f"train/{seed}/{index}", shots)
 
 
 class KeyframeLearner(nn.Module):
@@ -92,48 +63,38 @@ class KeyframeLearner(nn.Module):
         return velocities[0].float(), self.recalls(looks).float()
 
 
-class KeyframeTask:
-    """Keyframe planning on toy stories.
+@dataclass(kw_only=True)
+class KeyframeTask(StoryTask):
+    """Keyframe planning on toy stories."""
 
-    Args:
-        vae, clip, t5: folders of the trained autoencoder, CLIP and T5, which stay as they are.
-        cache: folder for the encoded stories.
-        movies, shots: size of the training set.
-        shift: time shift of the training noise.
-        recall: weight of `recall_error`. Without it attention takes longer than our budget to find a look by its name.
-    """
-
+    clip: DirectoryPath  #: a trained CLIP, which stays as it is
+    t5: DirectoryPath  #: a trained T5, likewise
+    movies: PositiveInt = 2000
+    recall: float = 0.0  #: weight of `recall_error`; without it attention takes long to find a look by its name
     context = 0.35  # share of the newest pairs (the last one excepted) that are nearly clean context
     context_sigma = 0.25  # upper bound of the context's noise
     caption_dropout = 0.08  # share of captions left empty, for guidance
     settings = TOY.keyframes
 
-    def __init__(
-        self,
-        seed: int,
-        init: str | None,
-        vae: str,
-        clip: str,
-        t5: str,
-        cache: str,
-        movies: int = 2000,
-        shots: int = 12,
-        shift: float = 4.0,
-        recall: float = 0.0,
-        **shape: Any,
-    ) -> None:
-        torch.manual_seed(seed)
-        self.seed, self.movies, self.shots, self.shift, self.recall = seed, movies, shots, shift, recall
-        self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
-        self.clip = clip_text_tower(CLIPModel.from_pretrained(clip)).eval().requires_grad_(False)
-        self.clip_tokenizer, self.t5_tokenizer = make_tokenizer(start=True), make_tokenizer(start=False)
-        self.t5 = T5EncoderModel.from_pretrained(t5, torch_dtype=torch.float32).eval().requires_grad_(False)
-        kind: Any = InterleavedFluxTransformer
-        full = {"subfolder": "transformer", "torch_dtype": torch.float32}
-        transformer = kind.from_pretrained(init, **full) if init else small_flux(**shape)
-        self.model = KeyframeLearner(transformer, len(self.t5_tokenizer))
-        sides = tuple(side for side, _ in self._layout(shots, self.settings.memory_group).by_level())
-        self.latents = story_latents(Path(cache), self.vae, seed, movies, shots, sides)
+    def build(self) -> KeyframeLearner:
+        """A transformer, and the planner that it is to draw for."""
+        vae = AutoencoderKL.from_pretrained(self.vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
+        clip = clip_text_tower(CLIPModel.from_pretrained(self.clip)).eval().requires_grad_(False)
+        t5 = T5EncoderModel.from_pretrained(self.t5, torch_dtype=torch.float32).eval().requires_grad_(False)
+        tokenizers = make_tokenizer(start=True), make_tokenizer(start=False)
+        text = TextEncoders(tokenizers[0], clip, tokenizers[1], t5, self.settings.text_tokens)
+        kind, where = InterleavedFluxTransformer, {"subfolder": "transformer", "torch_dtype": torch.float32}
+        transformer = kind.from_pretrained(self.init, **where) if self.init else small_flux(**self.shape)
+        self.planner = KeyframePlanner(transformer, vae, text, self.settings)
+        self.sides = [side for side, _ in self._layout(self.shots, self.settings.memory_group).by_level()]
+        self.stories = self.latents(vae, self.sides)
+        return KeyframeLearner(transformer, len(tokenizers[1]))
+
+    def encode(self, movie: Movie) -> dict[str, BFloat16[Tensor, "m _s c"]]:
+        """Every shot at each of GoldenMem's levels, by the level's short side in patches."""
+        frames = to_tensor([render(movie, shot) for shot in movie.shots])
+        sizes = {side: frames if side == self.sides[0] else shrink(frames, side) for side in self.sides}
+        return {str(side): encode_frames(self.planner.vae, small).bfloat16() for side, small in sizes.items()}
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Mean squared velocity error of the pairs that learn, and `recall` times the error of the looks."""
@@ -144,33 +105,30 @@ class KeyframeTask:
         noise = [torch.randn(x.shape, generator=noise_rng) for x in latents]
         pairs = [p for _, p in layout.by_level()]  # the finest level comes first, and it alone learns
         noised = [add_noise(x, n, sigma[:, p]) for x, n, p in zip(latents, noise, pairs, strict=True)]
-        device = next(model.parameters()).device
-        told = (x.to(device) for x in (*self._text(captions), sigma))
-        predicted, looks = (x.cpu() for x in model([x.to(device) for x in noised], *told, layout))
+        told = (x.to(self.device) for x in (*self._text(captions), sigma))
+        predicted, looks = (x.cpu() for x in model([x.to(self.device) for x in noised], *told, layout))
         error, learns = predicted - velocity(latents[0], noise[0]), learns[:, pairs[0]]
         loss = (error.square().mean((2, 3)) * learns).sum() / learns.sum()
-        recall, known = recall_error(looks, *recall_targets(self.t5_tokenizer, captions))
+        recall, known = recall_error(looks, *recall_targets(self.planner.text.tokenizer_2, captions))
         figures = {"newest": error[:, -1].square().mean().item(), "recall": recall.item(), "known": known}
         return loss + self.recall * recall, figures
 
     def save(self, folder: Path) -> None:
         """Write a folder that stock `FluxPipeline.from_pretrained` loads, in bfloat16."""
-        text = {"text_encoder": self.clip, "tokenizer": self.clip_tokenizer}
-        text |= {"text_encoder_2": self.t5, "tokenizer_2": self.t5_tokenizer}
-        transformer = self.model.transformer.stock()
-        save_pipeline(FluxPipeline, folder, self.settings.shift, vae=self.vae, transformer=transformer, **text)
+        vae, text = self.planner.vae, self.planner.text
+        parts = {name: getattr(text, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+        parts |= {"vae": vae, "transformer": self.model.transformer.stock()}
+        save_pipeline(FluxPipeline, folder, self.settings.shift, **parts)
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Held-out stories as the toy world draws them, each above the same story as this model plans it."""
-        half = copy.deepcopy(self.model.transformer).bfloat16()
-        text = TextEncoders(self.clip_tokenizer, self.clip, self.t5_tokenizer, self.t5, self.settings.text_tokens)
-        planner = KeyframePlanner(half, self.vae, text, self.settings)
-        rows = []
+        planner = replace(self.planner, transformer=copy.deepcopy(self.model.transformer).bfloat16())
+        pictures = []
         for seed in range(4):
             movie = sample_movie(f"heldout/sample/{seed}", stage.pairs)
-            rows.append([render(movie, shot, self.settings.height) for shot in movie.shots])
-            rows.append([keyframe.image for keyframe in planner.plan(movie.story(), seed)])
-        sheet(rows).save(path)
+            pictures += [render(movie, shot, self.settings.height) for shot in movie.shots]
+            pictures += [keyframe.image for keyframe in planner.plan(movie.story(), seed)]
+        save_sheet(path, to_tensor(pictures), stage.pairs)
 
     def _layout(self, pairs: int, group: int | None) -> Layout:
         s = self.settings
@@ -184,10 +142,10 @@ class KeyframeTask:
         for _ in range(stage.batch):
             shots = sample_shots(rng, self.shots, stage.pairs)
             index = rng.randrange(self.movies)
-            movie = training_movie(self.seed, index, self.shots)
+            movie = self.movie(index)
             lines = replace(movie, shots=[movie.shots[i] for i in shots]).captions()
             captions.append(["" if rng.random() < self.caption_dropout else line for line in lines])
-            levels = ((self.latents[str(side)][index], pairs) for side, pairs in layout.by_level())
+            levels = ((self.stories[index][str(side)], pairs) for side, pairs in layout.by_level())
             windows.append([latents[[shots[i] for i in pairs]] for latents, pairs in levels])
         return captions, [torch.stack(level).float() for level in zip(*windows, strict=True)]
 
@@ -205,10 +163,9 @@ class KeyframeTask:
 
     @torch.no_grad()
     def _text(self, captions: list[list[str]]) -> tuple[Float[Tensor, "b p t e"], Float[Tensor, "b p f"]]:
-        flat = [line for lines in captions for line in lines]
-        states = self.t5(tokenize(self.t5_tokenizer, flat)).last_hidden_state
-        pooled = self.clip(tokenize(self.clip_tokenizer, flat)).pooler_output
-        p = len(captions[0])
+        text, flat, p = self.planner.text, [line for lines in captions for line in lines], len(captions[0])
+        states = text.text_encoder_2(tokenize(text.tokenizer_2, flat)).last_hidden_state
+        pooled = text.text_encoder(tokenize(text.tokenizer, flat)).pooler_output
         return rearrange(states, "(b p) t e -> b p t e", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
 
 
@@ -248,9 +205,8 @@ def recall_error(
     told = target.any(-1)
     if not told.any():
         return logits.sum() * 0, 1.0
-    error = F.binary_cross_entropy_with_logits(logits[told], target[told].float(), reduction="none").sum(-1).mean()
-    exact = ((logits[remembers] > 0) == target[remembers]).all(-1)
-    return error, exact.float().mean().item() if len(exact) else 1.0
+    error, exact = reading_error(logits[told], target[told])
+    return error, exact[remembers[told]].float().mean().item() if remembers.any() else 1.0
 
 
 def small_flux(

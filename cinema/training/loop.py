@@ -8,45 +8,75 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import pydantic.dataclasses
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
+from pydantic import DirectoryPath
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cinema.config import WEIGHTS
 from cinema.errors import UserError
 from cinema.files import atomic, write_json, write_text
-from cinema.progress import Progress
+from cinema.progress import Progress, quiet
 from cinema.training.config import Stage, TrainConfig
 
 BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
+CHECKPOINTS = "checkpoint-[0-9]*.safetensors"
 
 
-@runtime_checkable
-class Task(Protocol):
+@pydantic.dataclasses.dataclass(config={"extra": "forbid"})
+class Task:
     """What differs between the models: the data, the loss, and how weights are written and looked at.
 
-    `model` is what is trained; `loss` gets it wrapped (precision, accelerate) and only calls it. Under half precision
-    its parameters are bfloat16 during the call, so a forward casts its inputs to its parameters' dtype.
+    Its fields are a config's `options`. `model` is what is trained; `loss` gets it wrapped (precision, accelerate) and
+    only calls it. Under half precision its parameters are bfloat16 then: a forward casts its inputs to their dtype.
     """
 
-    model: nn.Module
+    seed: int
+    init: DirectoryPath | None  #: weights to start from
+    shape: dict[str, Any] = field(default_factory=dict, kw_only=True)  #: of a new model, its config's keys
+
+    def __post_init__(self) -> None:
+        if self.init and self.shape:
+            raise ValueError("'shape' is not an option where `init` gives the model")
+        torch.manual_seed(self.seed)
+        self.model = self.build()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def load(self, kind: Any, part: str, **where: str) -> Any:
+        """The weights of `init`; or a new model, that part of the shipped weights in all but `shape`."""
+        if self.init:
+            return kind.from_pretrained(self.init, torch_dtype=torch.float32, **where)
+        told = {key: value for key, value in kind.load_config(WEIGHTS / part).items() if not key.startswith("_")}
+        return kind(**told | self.shape)
+
+    def build(self) -> Any:
+        """The model that is trained; also loads what else the task needs."""
+        raise NotImplementedError
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Loss of the batch that belongs to this step, and figures to log."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Write the current weights as a diffusers or transformers folder."""
+        """Write the current weights as a folder that stock diffusers, transformers or open_clip loads."""
+        raise NotImplementedError
 
     def sample(self, path: Path, stage: Stage) -> None:
-        """Write a picture that shows what the current weights can do."""
+        """Write a picture that shows what the current weights can do, where there is something to see."""
 
 
 @dataclass
@@ -61,23 +91,39 @@ class Run:
     ema: dict[str, Tensor]
     accelerator: Accelerator
     step: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)  # what was logged, a line of log.jsonl each
 
 
-def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_progress: Progress | None = None) -> Run:
+def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_progress: Progress = quiet) -> Run:
     """Train `task` in folder `out`; writes logs, samples, checkpoints and, at the end, `out/weights`.
 
-    Args:
-        resume: go on from the newest good checkpoint in `out`, or start if there is none.
-
-    Raises:
-        UserError: `out` holds another run, or the loss is not a number any more.
+    With `resume` it goes on from the newest good checkpoint in `out`, or starts if there is none. UserError if `out`
+    holds another run, or the loss is not a number any more.
     """
     run = _start(config, task, out, resume)
-    with _log(out, run.step) as log:
-        _train(run, log, on_progress)
+    clock, since = time.monotonic(), run.step
+    while run.step < config.total_steps:
+        stage = config.stage_at(run.step)
+        figures = _one_step(run, stage)
+        run.step += 1
+        last = run.step == config.total_steps
+        if last or run.step % config.log_every == 0:
+            now = time.monotonic()
+            figures["steps_per_s"] = (run.step - since) / (now - clock)
+            clock, since = now, run.step
+            run.log.append({"step": run.step, **{k: round(v, 6) for k, v in figures.items()}})
+            _write_log(run)
+            run.accelerator.log(figures, run.step)
+            on_progress(run.step, config.total_steps, f"loss {figures['loss']:.4f}")
+        if run.step % config.sample_every == 0:
+            with averaged(run):
+                task.sample(out / "samples" / f"{run.step:07d}.png", stage)
+        if last or run.step % config.save_every == 0:
+            _save_checkpoint(run)
     with averaged(run):
         task.save(out / "weights")
         task.sample(out / "samples" / "final.png", config.stages[-1])
+    run.accelerator.end_training()
     return run
 
 
@@ -113,44 +159,25 @@ def averaged(run: Run) -> Iterator[None]:
 
 
 def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
-    told, kept = config.model_dump(mode="json"), out / "config.json"
-    if kept.exists() and _read_json(kept.read_text(), told) != told:
-        raise UserError(f"{out} holds a run with another config; choose another folder or remove it")
-    newest = latest_checkpoint(out)
-    if newest and not resume:
-        raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
-    write_json(kept, told)
-    (out / "samples").mkdir(exist_ok=True)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="tensorboard", project_dir=out)
     model = task.model.to(accelerator.device)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     run = Run(config, task, out, model, make_optimizers(config, model), ema, accelerator)
-    if newest:
+    if newest := latest_checkpoint(out):
+        if not resume:
+            raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
         _load_checkpoint(run, newest)
+    write_json(out / "config.json", config.model_dump(mode="json"))
+    _write_log(run)
+    (out / "samples").mkdir(exist_ok=True)
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     learner = HalfPrecision(model) if config.precision == "bf16" else model
     run.model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
     return run
 
 
-def _train(run: Run, log: Callable[[int, dict[str, float]], None], on_progress: Progress | None) -> None:
-    config, clock, since = run.config, time.monotonic(), run.step
-    while run.step < config.total_steps:
-        stage = config.stage_at(run.step)
-        figures = _one_step(run, stage)
-        run.step += 1
-        last = run.step == config.total_steps
-        if last or run.step % config.log_every == 0:
-            now = time.monotonic()
-            figures["steps_per_s"] = (run.step - since) / (now - clock)
-            clock, since = now, run.step
-            log(run.step, figures)
-            if on_progress:
-                on_progress(run.step, config.total_steps, f"loss {figures['loss']:.4f}")
-        if run.step % config.sample_every == 0:
-            with averaged(run):
-                run.task.sample(run.out / "samples" / f"{run.step:07d}.png", stage)
-        if last or run.step % config.save_every == 0:
-            _save_checkpoint(run)
+def _write_log(run: Run) -> None:
+    write_text(run.out / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in run.log))
 
 
 def _one_step(run: Run, stage: Stage) -> dict[str, float]:
@@ -164,8 +191,7 @@ def _one_step(run: Run, stage: Stage) -> dict[str, float]:
             f"{run.out}: the loss at step {run.step} is {value}; "
             f"the last good checkpoint is {good.name if good else 'none'}: train in another folder at a lower rate"
         )
-    for optimizer in run.optimizers:
-        optimizer.zero_grad()
+    run.model.zero_grad()
     run.accelerator.backward(loss)
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
     for optimizer in run.optimizers:
@@ -179,13 +205,10 @@ def _one_step(run: Run, stage: Stage) -> dict[str, float]:
     return {"loss": value, "grad_norm": float(norm), "rate": rate, **figures}
 
 
-# --- optimisers, checkpoints and logs -------------------------------------------------------------------------
-
-
 def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest; groups carry `base_lr`.
 
-    Muon orthogonalises the update of a matrix. It suits the dense matrices inside transformer blocks; embeddings,
+    Muon orthogonalises the update of a matrix. It suits the dense matrices inside blocks; embeddings,
     modulation, norms and the output layer stay with AdamW.
     """
     parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -208,75 +231,40 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
 
 def latest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint in a run's folder that can be read; None if there is none."""
-    for path in reversed(_checkpoints(out)):
-        try:
-            with safe_open(path, "pt") as file:
-                file.metadata()["step"]
-            return path
-        except (SafetensorError, OSError, KeyError, TypeError):
-            continue  # cut in half by a crash or a full disk: the one before it is good
+    for path in sorted(out.glob(CHECKPOINTS), reverse=True):
+        with suppress(SafetensorError, OSError), safe_open(path, "pt"):
+            return path  # one that was cut in half by a crash or a full disk is passed over
     return None
 
 
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob(f"checkpoint-{'[0-9]' * 7}.safetensors"))
-
-
 def _save_checkpoint(run: Run) -> None:
-    """Write weights, averages and optimiser states in one file, complete or absent; remove all but the newest."""
+    """Write weights, averages, optimiser states and log in one file, complete or absent; remove all but the newest."""
     tensors = {f"model.{k}": v for k, v in run.task.model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in run.ema.items()}
     for i, optimizer in enumerate(run.optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state.items()}
+    told = {"step": run.step, "log": run.log, "config": run.config.model_dump(mode="json")}
     with atomic(run.out / f"checkpoint-{run.step:07d}.safetensors") as part:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part, {"step": str(run.step)})
-    for old in _checkpoints(run.out)[: -run.config.keep]:
+        kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        save_file(kept, part, {k: json.dumps(v) for k, v in told.items()})
+    for old in sorted(run.out.glob(CHECKPOINTS))[: -run.config.keep]:
         old.unlink()
 
 
 def _load_checkpoint(run: Run, path: Path) -> None:
     """Put a run back to where the checkpoint was written."""
-    with safe_open(path, "pt") as file:
-        run.step = int(file.metadata()["step"])
+    with safe_open(path, "pt", device=str(run.accelerator.device)) as file:
+        told = {k: json.loads(v) for k, v in file.metadata().items()}
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    run.task.model.load_state_dict(_under(tensors, "model."))
-    for name, average in _under(tensors, "ema.").items():
-        run.ema[name].copy_(average)
+    if told.get("config") != run.config.model_dump(mode="json"):
+        raise UserError(f"{run.out} holds a run with another config; choose another folder or remove it")
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    run.step, run.log, run.ema = told["step"], told["log"], under("ema.")
+    run.task.model.load_state_dict(under("model."))
     for i, optimizer in enumerate(run.optimizers):
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for key, value in _under(tensors, f"optimizer.{i}.").items():
-            index, name = key.split(".", 1)
-            state[int(index)][name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _read_json(text: str, otherwise: dict[str, Any]) -> dict[str, Any]:
-    """What a file or a line says; `otherwise` if it was cut in half by a crash."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        return otherwise
-
-
-@contextmanager
-def _log(out: Path, step: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Logs one step's figures, as JSON lines and in TensorBoard; lines after `step` are dropped first."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    path = out / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _read_json(line, {"step": step + 1})["step"] <= step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-    with path.open("a", buffering=1) as file, SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as board:
-
-        def write(step: int, figures: dict[str, float]) -> None:
-            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")
-            for name, value in figures.items():
-                board.add_scalar(name, value, step)
-
-        yield write
+        for j, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter] = under(f"optimizer.{i}.{j}.")

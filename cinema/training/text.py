@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from cinema.config import TOY
-from cinema.files import write_text
 from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, HATS, PLACES, POSITIONS, SHAPES, SIZES, sample_movie
-from cinema.training.autoencoder import frames_of_step, to_image
+from cinema.training.autoencoder import frames_of_step
 from cinema.training.config import Stage
+from cinema.training.loop import Task
 
 PAD, END, START, UNKNOWN = "<|pad|>", "<|end|>", "<|start|>", "<|unknown|>"
 
@@ -81,58 +81,56 @@ class ClauseReader(nn.Module):
         return self.belongs(self.encoder(words).last_hidden_state)
 
 
-class T5Task:
+def reading_error(
+    logits: Float[Tensor, "n v"], target: Bool[Tensor, "n v"]
+) -> tuple[Float[Tensor, ""], Bool[Tensor, "n"]]:
+    """Binary cross entropy of words read from states, summed over the vocabulary; and which are read exactly."""
+    error = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(-1).mean()
+    return error, ((logits > 0) == target).all(-1)
+
+
+class T5Task(Task):
     """Every word learns its clause: from the state of any word all words of its clause can be read.
 
     A colour so knows whose it is, by name and by place, and a name knows the look that is told with it. Flux's text
     tokens have no positions of their own: what the encoder does not bind together, attention cannot find together.
     """
 
-    def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
-        torch.manual_seed(seed)
-        self.seed, self.tokenizer = seed, make_tokenizer(start=False)
-        self.model = ClauseReader(T5EncoderModel.from_pretrained(init) if init else small_t5(**shape))
+    def build(self) -> ClauseReader:
+        """A T5 encoder."""
+        self.tokenizer = make_tokenizer(start=False)
+        return ClauseReader(T5EncoderModel.from_pretrained(self.init) if self.init else small_t5(**self.shape))
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Binary cross entropy over the vocabulary, summed; mean over words."""
         captions = shot_captions(self.seed, step, stage.batch)
-        words, target = tokenize(self.tokenizer, captions), clause_targets(self.tokenizer, captions)
-        words, target = (x.to(next(model.parameters()).device) for x in (words, target))
-        counts = target.any(2)
-        logits, target = model(words).float()[counts], target[counts]
-        error = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(1).mean()
-        return error, {"exact": ((logits > 0) == target).all(1).float().mean().item()}
+        words, target = tokenize(self.tokenizer, captions), clause_targets(self.tokenizer, captions).to(self.device)
+        told = target.any(2)
+        error, exact = reading_error(model(words.to(self.device)).float()[told], target[told])
+        return error, {"exact": exact.float().mean().item()}
 
     def save(self, folder: Path) -> None:
         """Write the encoder, and the tokenizer beside it."""
         self.model.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    @torch.no_grad()
-    def sample(self, path: Path, stage: Stage) -> None:
-        """Captions, and for every word the words that are read from its state, as a text file beside `path`."""
-        captions = shot_captions(self.seed, 10**7, 8)
-        found = self.model(tokenize(self.tokenizer, captions).to(self.model.encoder.device)) > 0
-        lines = []
-        for caption, row in zip(captions, found, strict=True):
-            told = self.tokenizer.tokenize(caption)
-            read = (" ".join(self.tokenizer.convert_ids_to_tokens(x.nonzero()[:, 0].tolist())) for x in row)
-            lines += [caption, *(f"  {word}: {those}" for word, those in zip(told, read, strict=False)), ""]
-        write_text(path.with_suffix(".txt"), "\n".join(lines))
 
-
-class ClipTask:
+class ClipTask(Task):
     """Frames and their captions find each other in a batch (Radford et al. 2021)."""
 
-    def __init__(self, seed: int, init: str | None, **shape: Any) -> None:
-        torch.manual_seed(seed)
-        self.seed, self.tokenizer = seed, make_tokenizer(start=True)
-        self.model: Any = CLIPModel.from_pretrained(init) if init else small_clip(**shape)
+    def build(self) -> CLIPModel:
+        """A CLIP."""
+        self.tokenizer = make_tokenizer(start=True)
+        return CLIPModel.from_pretrained(self.init) if self.init else small_clip(**self.shape)
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """Symmetric cross entropy over the batch's similarities."""
-        logits = model(**self._batch(step, stage.batch)[1]).logits_per_text.float()
-        target = torch.arange(stage.batch, device=logits.device)
+        """Symmetric cross entropy over the similarities of fresh keyframes and captions that describe everybody."""
+        frames = frames_of_step(self.seed, step, stage.batch, TOY.keyframes.height)
+        captions = [sample_movie(f"frames/{self.seed}/{step}/{i}", 1).captions()[0] for i in range(stage.batch)]
+        square = F.interpolate(frames, (self.model.config.vision_config.image_size,) * 2, mode="area")
+        words = tokenize(self.tokenizer, captions).to(self.device)
+        logits = model(words, square.to(self.device)).logits_per_text.float()
+        target = torch.arange(stage.batch, device=self.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"found": (logits.argmax(1) == target).float().mean().item()}
 
@@ -140,21 +138,6 @@ class ClipTask:
         """Write both towers, and the tokenizer beside them."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    @torch.no_grad()
-    def sample(self, path: Path, stage: Stage) -> None:
-        """Frames of a fresh batch, and below in the order in which their captions find them."""
-        frames, inputs = self._batch(10**7, 6)
-        found = self.model(**inputs).logits_per_text.argmax(1)
-        to_image(torch.cat([torch.cat(list(frames), 2), torch.cat(list(frames[found]), 2)], 1)).save(path)
-
-    def _batch(self, step: int, count: int) -> tuple[Float[Tensor, "n 3 h w"], dict[str, Tensor]]:
-        """Fresh keyframes, and as CLIP sees them: squeezed to a square, with captions that describe everybody."""
-        frames = frames_of_step(self.seed, step, count, TOY.keyframes.height)
-        captions = [sample_movie(f"frames/{self.seed}/{step}/{i}", 1).captions()[0] for i in range(count)]
-        pixels = F.interpolate(frames, (self.model.config.vision_config.image_size,) * 2, mode="area")
-        inputs = {"input_ids": tokenize(self.tokenizer, captions), "pixel_values": pixels}
-        return frames, {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
 
 def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:

@@ -6,49 +6,28 @@ window and does not learn; the rest of the time it is drawn from the caption lik
 
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import BFloat16, Bool, Float
+from pydantic import DirectoryPath, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cinema.config import TOY
-from cinema.errors import UserError
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.story import Story
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_movie
-from cinema.training.autoencoder import sheet
+from cinema.training.autoencoder import save_sheet, to_tensor
 from cinema.training.config import Stage
-from cinema.training.stories import fingerprint, load_shards, save_pipeline
+from cinema.training.stories import StoryTask, sample_shots, save_pipeline
 from cinema.training.video_autoencoder import clip_frames
 from cinema.video import Animator, Window, encode_clips, global_caption, window_velocity
-
-SHARD = 25  # movies per file
-
-
-class ClipStore:
-    """`movies` toy movies of `shots` shots and their latents "n m s c", encoded once and kept in `folder`."""
-
-    def __init__(self, folder: Path, vae: AutoencoderKLLTXVideo, seed: int, movies: int, shots: int) -> None:
-        self.vae, self.seed, self.movies, self.shots = vae, seed, movies, shots
-        stem = folder / f"clips-{fingerprint(vae, TOY.video.height, TOY.video.frames)}-{seed}-{shots}"
-        self.latents = load_shards(stem, movies, SHARD, self._encode)["clips"]
-
-    def movie(self, index: int) -> Movie:
-        """The facts of a movie of the store."""
-        return sample_movie(f"video/{self.seed}/{index}", self.shots)
-
-    def _encode(self, indices: range) -> dict[str, Tensor]:
-        shots = [(movie, shot) for movie in map(self.movie, indices) for shot in movie.shots]
-        clips = (clip_frames(movie, shot, TOY.video.height, TOY.video.frames) for movie, shot in shots)
-        tokens = torch.cat([encode_clips(self.vae, clip[None]) for clip in clips]).to(torch.bfloat16)
-        return {"clips": rearrange(tokens, "(n m) s c -> n m s c", m=self.shots).contiguous()}
 
 
 class VideoLearner(nn.Module):
@@ -71,96 +50,88 @@ class VideoLearner(nn.Module):
         return window_velocity(self.transformer, tokens.to(dtype), sigma, states.to(dtype), words, window).float()
 
 
-class VideoTask:
-    """Video synthesis on toy stories; a stage's `pairs` are the shots of a window.
+@dataclass(kw_only=True)
+class VideoTask(StoryTask):
+    """Video synthesis on toy stories; a stage's `pairs` are the shots of a window."""
 
-    Args:
-        keyframes: folder of the trained Flux pipeline, whose T5 is used as it is.
-        vae: folder of the trained video autoencoder.
-        cache: folder for the encoded clips.
-        movies, shots: size of the training set.
-        shift: time shift of the training noise.
-    """
-
+    keyframes: DirectoryPath  #: a trained Flux pipeline, whose T5 is used as it is
+    shots: PositiveInt = 8
+    shift: PositiveFloat = 1.5
+    kind = "video"
     keyframed = 0.9  # share of shots whose first latent frame is given
     keyframe_sigma = 0.05  # upper bound of the given frames' noise
     caption_dropout = 0.05  # share of windows without words, for guidance
     settings = TOY.video
 
-    def __init__(
-        self,
-        seed: int,
-        init: str | None,
-        keyframes: str,
-        vae: str,
-        cache: str,
-        movies: int = 400,
-        shots: int = 8,
-        shift: float = 1.5,
-        **shape: Any,
-    ) -> None:
-        torch.manual_seed(seed)
-        self.seed, self.shift = seed, shift
-        full: dict[str, Any] = {"torch_dtype": torch.float32}
-        self.vae = AutoencoderKLLTXVideo.from_pretrained(vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
-        t5 = T5EncoderModel.from_pretrained(keyframes, subfolder="text_encoder_2", **full).eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(keyframes, subfolder="tokenizer_2")
-        shape = {"latent": self.vae.config["latent_channels"], "text": t5.config.d_model} | shape
-        kind = LTXVideoTransformer3DModel
-        transformer = kind.from_pretrained(init, subfolder="transformer", **full) if init else small_ltx(**shape)
-        self.model = VideoLearner(transformer)
-        self.animator = Animator(transformer, self.vae, t5, tokenizer, self.settings, TOY.tags)
-        self.store = ClipStore(Path(cache), self.vae, seed, movies, shots)
+    def build(self) -> VideoLearner:
+        """A transformer on the latents of the autoencoder and the states of the T5, which are loaded first."""
+        vae = AutoencoderKLLTXVideo.from_pretrained(self.vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
+        t5 = T5EncoderModel.from_pretrained(self.keyframes, subfolder="text_encoder_2", torch_dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(self.keyframes, subfolder="tokenizer_2")
+        t5.eval().requires_grad_(False)
+        latent, text = vae.config["latent_channels"], t5.config.d_model
+        self.shape = {"in_channels": latent, "out_channels": latent, "caption_channels": text} | self.shape
+        transformer = self.load(LTXVideoTransformer3DModel, "video/transformer", subfolder="transformer")
+        for name, parameter in () if self.init else transformer.named_parameters():
+            if name.startswith("proj_out") or name.endswith("attn2.to_out.0.weight"):
+                nn.init.zeros_(parameter)  # a new one says nothing, and reads no words
+            elif name == "time_embed.linear.weight":
+                nn.init.normal_(parameter, std=0.02)  # and every block is near identity
+        self.animator = Animator(transformer, vae, t5, tokenizer, self.settings, TOY.tags)
+        self.clips = self.latents(vae, self.settings.height, self.settings.frames)
+        return VideoLearner(transformer)
+
+    def encode(self, movie: Movie) -> dict[str, BFloat16[Tensor, "m _s c"]]:
+        """Every shot's clip."""
+        clips = (clip_frames(movie, shot, self.settings.height, self.settings.frames) for shot in movie.shots)
+        tokens = [encode_clips(self.animator.vae, clip[None]) for clip in clips]
+        return {"clips": torch.cat(tokens).to(torch.bfloat16)}
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Mean squared velocity error of the tokens that learn."""
         rng, noise_rng = random.Random(f"{self.seed}/{step}"), torch.Generator().manual_seed(step)
-        window = self._window(stage.pairs)
+        window = self.animator.window([self.settings.frames] * stage.pairs)
         tokens, states, words = self._batch(rng, stage)
         sigma, learns = self._noise(window, stage, noise_rng)
         noise = torch.randn(tokens.shape, generator=noise_rng)
-        device = next(model.parameters()).device
         inputs = (add_noise(tokens, noise, sigma), sigma, states, words)
-        predicted = model(*(x.to(device) for x in inputs), window)
-        error = (predicted - velocity(tokens, noise).to(device)).square().mean(2)
-        learns = learns.to(device)
+        predicted = model(*(x.to(self.device) for x in inputs), window)
+        error = (predicted - velocity(tokens, noise).to(self.device)).square().mean(2)
+        learns = learns.to(self.device)
         return (error * learns).sum() / learns.sum(), {"learning": learns.mean().item()}
 
     def save(self, folder: Path) -> None:
         """Write a folder that stock `LTXConditionPipeline.from_pretrained` loads, in bfloat16."""
-        text = {"text_encoder": self.animator.text_encoder, "tokenizer": self.animator.tokenizer}
-        parts = {"vae": self.vae, "transformer": self.model.transformer, **text}
-        save_pipeline(LTXConditionPipeline, folder, self.settings.shift, **parts)
+        own = self.animator
+        text = {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer}
+        save_pipeline(
+            LTXConditionPipeline, folder, self.settings.shift, vae=own.vae, transformer=own.transformer, **text
+        )
 
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
         """Shots of unseen movies, five moments of each: as the toy world draws them, then as this model does."""
         movie = sample_movie("sample/0", self.settings.window)
         height, last = self.settings.height, self.settings.frames - 1
-        moments, rows = [round(i * last / 4) for i in range(5)], []
+        moments, pictures = [round(i * last / 4) for i in range(5)], []
         keyframes = [render(movie, shot, height) for shot in movie.shots]
         for index, frames in self.animator.animate(movie.story(), keyframes):
-            rows.append([render(movie, movie.shots[index], height, i / last) for i in moments])
-            rows.append([frames[i] for i in moments])
-        sheet(rows).save(path)
-
-    def _window(self, shots: int) -> Window:
-        return self.animator.window([self.settings.frames] * shots)
+            pictures += [render(movie, movie.shots[index], height, i / last) for i in moments]
+            pictures += [frames[i] for i in moments]
+        save_sheet(path, to_tensor(pictures), columns=5)
 
     def _batch(
         self, rng: random.Random, stage: Stage
     ) -> tuple[Float[Tensor, "b s c"], Float[Tensor, "b n t e"], Bool[Tensor, "b n t"]]:
         """Windows of neighbouring shots: their tokens and their captions, the global one first."""
-        store, count, lines, tokens = self.store, stage.pairs, [], []
-        if count > store.shots:
-            has = f"the films have {store.shots} shots"
-            raise UserError(f"a stage of {count} shots, but {has}; lower pairs or raise shots")
+        lines, tokens = [], []
         for _ in range(stage.batch):
-            index, start = rng.randrange(store.movies), rng.randint(0, store.shots - count)
-            captions = window_captions(store.movie(index).story(), start, count)
+            index, shots = rng.randrange(self.movies), sample_shots(rng, self.shots, stage.pairs, stride=1)
+            captions = window_captions(self.movie(index).story(), shots[0], stage.pairs)
             lines += [""] * len(captions) if rng.random() < self.caption_dropout else captions
-            tokens.append(rearrange(store.latents[index, start : start + count], "k s c -> (k s) c"))
-        states, words = (rearrange(x, "(b n) ... -> b n ...", n=count + 1) for x in self.animator.encode_text(lines))
+            tokens.append(rearrange(self.clips[index]["clips"][shots], "k s c -> (k s) c"))
+        texts = self.animator.encode_text(lines)
+        states, words = (rearrange(x, "(b n) ... -> b n ...", n=stage.pairs + 1) for x in texts)
         return torch.stack(tokens).float(), states, words
 
     def _noise(
@@ -178,21 +149,3 @@ def window_captions(story: Story, start: int, count: int) -> list[str]:
     """Captions of a window as the animator tells them: the global one, then each shot's own."""
     shots = story.shots[start : start + count]
     return [global_caption(story, shots), *(shot.caption for shot in shots)]
-
-
-def small_ltx(
-    latent: int = 128, text: int = 128, heads: int = 4, head_dim: int = 48, layers: int = 4
-) -> LTXVideoTransformer3DModel:
-    """An LTX-Video transformer with few parameters; every block starts near identity and the output at zero."""
-    # fmt: off
-    model = LTXVideoTransformer3DModel(
-        in_channels=latent, out_channels=latent, num_attention_heads=heads, attention_head_dim=head_dim,
-        cross_attention_dim=heads * head_dim, num_layers=layers, caption_channels=text,
-    )
-    # fmt: on
-    for name, parameter in model.named_parameters():
-        if name.startswith("proj_out") or name.endswith("attn2.to_out.0.weight"):
-            nn.init.zeros_(parameter)
-        elif name == "time_embed.linear.weight":
-            nn.init.normal_(parameter, std=0.02)
-    return model
