@@ -13,7 +13,6 @@ from PIL import Image
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torchvision.utils import save_image
 
 from cinema.config import TOY
@@ -32,7 +31,6 @@ class AutoencoderLearner(nn.Module):
         if new:
             last.weight.data[vae.config["latent_channels"] :] *= 0.1
             last.bias.data[vae.config["latent_channels"] :] = -6.0
-        flatten_kernels(self)
 
     def forward(
         self, frames: Float[Tensor, "n 3 *size"], generator: torch.Generator
@@ -81,7 +79,7 @@ class AutoencoderTask(Task):
     def save(self, folder: Path) -> None:
         """Normalise the latents, then write the autoencoder's folder in bfloat16."""
         vae = type(self.model.vae).from_config(self.model.vae.config)
-        vae.load_state_dict(plain_state(self.model.vae))
+        vae.load_state_dict(self.model.vae.state_dict())
         self.normalise(vae)
         vae.to(torch.bfloat16).save_pretrained(folder)
 
@@ -122,28 +120,6 @@ def whiten(vae: AutoencoderKL, frames: Float[Tensor, "n 3 h w"], floor: float = 
     bias[:c] = forward @ bias[:c]
     bias[c:] += 2 * forward.norm(dim=1).log()  # the log variance, as far as channels are alike
     first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight, back))
-
-
-class _Kernel(nn.Unflatten):
-    """A matrix (out, in k k) seen as a convolution's kernel (out, in, k, k)."""
-
-    def right_inverse(self, kernel: Tensor) -> Tensor:
-        """Kernel → matrix."""
-        return kernel.flatten(1)
-
-
-def flatten_kernels(model: nn.Module) -> None:
-    """Keep the kernels of convolutions inside blocks as matrices, so that Muon takes them."""
-    for name, module in list(model.named_modules()):
-        if "blocks." in name and isinstance(module, nn.Conv2d | nn.Conv3d):
-            parametrize.register_parametrization(module, "weight", _Kernel(1, module.weight.shape[1:]))
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict with kernels under their usual names and shapes again."""
-    flat = [(n, m) for n, m in model.named_modules() if parametrize.is_parametrized(m, "weight")]
-    kernels = {f"{name}.weight": module.weight.detach() for name, module in flat}
-    return {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k} | kernels
 
 
 def frames_of_step(seed: int, step: int, count: int, height: int) -> Float[Tensor, "count 3 h w"]:

@@ -208,14 +208,16 @@ def _one_step(run: Run, stage: Stage) -> dict[str, float]:
 def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest; groups carry `base_lr`.
 
-    Muon orthogonalises the update of a matrix. It suits the dense matrices inside blocks; embeddings,
+    Muon orthogonalises the update of a matrix. It suits the dense matrices and kernels inside blocks; embeddings,
     modulation, norms and the output layer stay with AdamW.
     """
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         odd = any(x in name for x in ("norm", "scale_shift", "conv_shortcut"))
-        dense = config.muon_lr and parameter.ndim == 2 and "blocks." in name and not odd
-        parts["dense" if dense else "bias" if "relative_attention_bias" in name else "rest"].append(parameter)
+        if config.muon_lr and parameter.ndim > 1 and "blocks." in name and not odd:
+            parts["dense"].append(_as_matrix(parameter))
+        else:
+            parts["bias" if "relative_attention_bias" in name else "rest"].append(parameter)
     groups: list[dict[str, Any]] = [{"params": parts["rest"], "lr": config.lr}]
     if parts["bias"]:  # logits that must grow to 5 or so before a head looks at one neighbour
         groups.append({"params": parts["bias"], "lr": BIAS_RATE * config.lr, "weight_decay": 0.0})
@@ -227,6 +229,13 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
     return optimizers
+
+
+def _as_matrix(kernel: nn.Parameter) -> nn.Parameter:
+    """The same numbers in memory as a matrix (out, in k k), which gets the gradients, too."""
+    matrix = nn.Parameter(kernel.detach().flatten(1))
+    kernel.register_post_accumulate_grad_hook(lambda own: setattr(matrix, "grad", own.grad.flatten(1)))
+    return matrix
 
 
 def latest_checkpoint(out: Path) -> Path | None:
