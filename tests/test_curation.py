@@ -23,7 +23,7 @@ from cinema.curation.film import Film, FrameReader, probe
 from cinema.curation.frames import Box, find_borders, keyframe_image
 from cinema.curation.run import FilmReport
 from cinema.curation.shots import DETECTOR, SHORTEST_SHOT, Timeline, cut_film
-from cinema.curation.store import CuratedFilm, CuratedShot, read_images, write_film
+from cinema.curation.store import CuratedFilm, CuratedShot, read_rows, write_film
 from cinema.errors import UserError
 from cinema.story import Character
 
@@ -433,7 +433,7 @@ def test_the_store_keeps_every_field_and_names_a_wrong_file(tmp_path):
     write_film(tmp_path / "x.parquet", film.film, film.cast, film.shots)
     assert read_film(tmp_path / "x.parquet") == film
     assert read_film(tmp_path / "x.parquet", images=False).shots[40] == replace(rows[40], image=None)
-    assert list(read_images(tmp_path / "x.parquet")) == [None] * 40 + [b"\xff"]
+    assert [row.image for row in read_rows(tmp_path / "x.parquet")] == [None] * 40 + [b"\xff"]
     meta = pq.ParquetFile(tmp_path / "x.parquet").metadata
     assert meta.schema.to_arrow_schema().names == columns.split()
     assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [32, 9]

@@ -220,11 +220,13 @@ def test_the_report_and_the_card_show_everything_and_escape_it(tmp_path, capsys)
     films[0].with_suffix(".json").write_text(json.dumps(truth))
     command = ["curate", str(tmp_path), "-o", str(tmp_path / "out"), "--annotator", "truth", "--report"]
     assert main(command) == 3 and "open it in a browser" in capsys.readouterr().err
-    index, page = ((tmp_path / "out" / "report" / f"{n}.html").read_text() for n in ("index", "a b#?"))
-    assert 'href="a%20b%23%3F.html"' in index and "&lt;b&gt;.mp4" in index and "not readable as a film" in index
+    index, page = ((tmp_path / "out" / "report" / f"{n}.html").read_text() for n in ("index", "films/a b#?"))
+    assert 'href="films/a%20b%23%3F.html"' in index and "&lt;b&gt;.mp4" in index and "not readable as a film" in index
     assert "&lt;script&gt;</b>alert(" in page and '<b class="tag">&lt;ada&gt;</b>' in page and "<rect" in page
     for text in (index, page):
-        assert "<script" not in text and not re.findall(r"(?:src|href)=\"(?!data:image/jpeg|[\w%]+\.html)", text)
+        assert "<script" not in text and not re.findall(
+            r"(?:src|href)=\"(?!data:image/jpeg|films/[\w%]+\.html|\.\./index\.html)", text
+        )
         assert page.count("<figure") == page.count('<img src="data:image/jpeg;base64,') == 3 and "· cut" in page
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: unknown" in card and "3 films" in card and r"\<b\>.mp4" in card and "6 shots" in card
@@ -291,9 +293,9 @@ def test_what_would_break_a_run_midway_is_said_before_it(tmp_path, capsys):
     long.write_bytes(film.read_bytes())
     assert main(["curate", str(long), "-o", str(tmp_path / "out")]) == 1
     assert "too long for names made of it; shorten it" in capsys.readouterr().err
-    (tmp_path / "index.mp4").write_bytes(film.read_bytes())
-    assert main(["curate", str(tmp_path / "index.mp4"), "-o", str(tmp_path / "out")]) == 1
-    assert "rename the film" in capsys.readouterr().err
+    (tmp_path / "index.mp4").write_bytes(film.read_bytes())  # its page is not the first page
+    assert main(["curate", str(tmp_path / "index.mp4"), "-o", str(tmp_path / "i"), "--report"]) == 0
+    assert (tmp_path / "i/report/films/index.html").read_text() != (tmp_path / "i/report/index.html").read_text()
     assert main(["curate", str(tmp_path), "-o", str(tmp_path)]) == 1
     assert "no film is looked for in the folder of the results" in capsys.readouterr().err
     os.mkfifo(tmp_path / "pipe.mp4")

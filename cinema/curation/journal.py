@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,35 +14,16 @@ Key = tuple[str, str, str, int]  # hash of the frame, model, hash of the prompt,
 
 
 class Journal:
-    """The answers in a file, or nowhere if it is None. One process at a time has it open, others wait.
+    """The answers in a file, or for a while if it is None. One process at a time has it open, others wait.
 
     Opening and `add` raise StoppedError where nothing can be written.
     """
 
     def __init__(self, path: Path | None):
-        self._path, self.answers = path, dict[Key, Reply]()
-        if path is not None:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
-                self._read()
-
-    def add(self, key: Key, reply: Reply) -> None:
-        """Keep an answer; it is on disk when this returns."""
-        self.answers[key] = reply
-        if self._path is not None:
-            line = (json.dumps({"key": key, **asdict(reply)}) + "\n").encode()
-            with writing(self._path):
-                while line:  # a disk that is nearly full takes a part
-                    line = line[self._file.write(line) :]
-                os.fsync(self._file)
-
-    def close(self) -> None:
-        """Let others have the file."""
-        if self._path is not None:
-            self._file.close()
-
-    def _read(self) -> None:
+        self._path, self.answers = path or Path(), dict[Key, Reply]()
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0) if path else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         with contextlib.suppress(ImportError):  # Windows has no such lock
             import fcntl
 
@@ -54,3 +36,16 @@ class Journal:
                 entry = json.loads(line)
                 frame, model, prompt, turn = entry.pop("key")
                 self.answers[frame, model, prompt, turn] = Reply(**entry)
+
+    def add(self, key: Key, reply: Reply) -> None:
+        """Keep an answer; it is on disk when this returns."""
+        self.answers[key] = reply
+        line = (json.dumps({"key": key, **asdict(reply)}) + "\n").encode()
+        with writing(self._path):
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._file.write(line) :]
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let others have the file."""
+        self._file.close()

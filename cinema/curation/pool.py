@@ -1,7 +1,7 @@
 """Jobs in child processes, one each, so that a crash, a hang or a segmentation fault costs one job and not the run.
 
-Child and parent move in step: every message of the child waits for the parent's answer. So a child whose parent was
-killed ends at its next message, and a child that says nothing for too long is known to hang.
+A child waits for an answer to everything that it says. So one whose parent was killed ends at its next message, and
+one that says nothing for too long is known to hang.
 """
 
 import multiprocessing
@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
@@ -34,46 +33,23 @@ class Died:
     reason: str
 
 
-@contextmanager
-def _main_hidden(unless: bool) -> Iterator[None]:
-    """Children started within this block do not run the user's script again, which may start this very run.
-
-    `unless`: something that they are given is defined there.
-    """
-    module = sys.modules["__main__"]
-    try:
-        sys.modules["__main__"] = module if unless else ModuleType("__main__")
-        yield
-    finally:
-        sys.modules["__main__"] = module
-
-
 class _Child:
     """A process that does one job; `line` is ready to read when it has something to say, or is dead."""
 
-    def __init__(self, context: Any, function: Function, job: Any, number: int, tries: int):
-        self.number, self.tries = number, tries
+    def __init__(self, function: Function, job: Any, number: int, tries: int):
+        self.number, self.tries, self.deadline, self.why = number, tries, time.monotonic() + START_S, ""
+        context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+        context.set_forkserver_preload(["cinema.curation.run"])  # imported once, so a child starts in milliseconds
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=_main, args=(theirs, function, job), daemon=True)
-        with _main_hidden(unless=b"__main__" in pickle.dumps((function, job))):
-            self.process.start()
-        theirs.close()
-        self.deadline = time.monotonic() + START_S
-
-    def hear(self, limit_s: float, answer: Callable[[int, str, Any], Any]) -> tuple[str, Any]:
-        """One message: ("done", result), ("died", why if known), or another kind, which was answered."""
-        if not self.line.poll():
-            return "died", f"its process showed no progress for {limit_s:g} s"
+        script = sys.modules["__main__"]
+        if b"__main__" not in pickle.dumps((function, job)):  # else it needs what the user's script defines
+            sys.modules["__main__"] = ModuleType("__main__")  # that it does not run again, and start this very run
         try:
-            kind, value = self.line.recv()
-            if kind == "stopped":
-                raise StoppedError(value)
-            if kind not in ("done", "died"):
-                self.line.send(kind == "started" or answer(self.number, kind, value))
-        except (EOFError, OSError):
-            return "died", ""
-        self.deadline = time.monotonic() + limit_s
-        return kind, value
+            self.process.start()
+        finally:
+            sys.modules["__main__"] = script
+        theirs.close()
 
     def end(self, grace_s: float = 0.0) -> str:
         """Kill it if it does not end by itself in `grace_s` seconds, and say how it ended."""
@@ -81,12 +57,8 @@ class _Child:
         self.process.kill()
         self.process.join()
         self.line.close()
-        code = self.process.exitcode or 0
-        self.process.close()
-        if code >= 0:
-            return f"its process ended with code {code}"
-        names = {s.value: s.name for s in signal.Signals}
-        return f"its process was ended by {names.get(-code, -code)}" + " (out of memory?)" * (code == -9)
+        how = {-one: one.name for one in signal.Signals}.get(self.process.exitcode, f"code {self.process.exitcode}")
+        return self.why or f"its process ended with {how}" + " (out of memory?)" * (how == "SIGKILL")
 
 
 def run_jobs(
@@ -100,34 +72,41 @@ def run_jobs(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number of the job, what `function` returned or Died) in the order in which jobs end.
 
-    Each job is a call `function(job, ask)` in a child of its own, of which there are `workers` at a time; both must be
-    picklable. A child that says nothing for `limit_s` seconds is killed. For every message `answer` is called here, as
-    (number of the job, kind, value), and the child gets what it returns. Once `go_on` says no, no job is begun.
-
-    Raises StoppedError where a job raised it; all others are killed.
+    Each job is a call `function(job, ask)` in a child, of which there are `workers` at a time; both must be picklable.
+    A child that says nothing for `limit_s` seconds is killed. For every message `answer` is called here, as (number of
+    the job, kind, value), and the child gets what it returns. Once `go_on` says no, no job is begun. Raises
+    StoppedError where a job raised it; all others are killed.
     """
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload(["cinema.curation.run"])  # imported once, so a child starts in milliseconds
-    waiting, running = deque((number, 1) for number in range(len(jobs))), dict[Connection, _Child]()
+    waiting, running = deque((number, 1) for number in range(len(jobs))), dict[Any, _Child]()
     try:
         while (waiting and go_on()) or running:
             while waiting and len(running) < workers and go_on():
                 number, tries = waiting.popleft()
-                child = _Child(context, function, jobs[number], number, tries)
+                child = _Child(function, jobs[number], number, tries)
                 running[child.line] = child
-            ready = wait(list(running), max(0.0, min(c.deadline for c in running.values()) - time.monotonic()))
-            for child in [c for c in running.values() if c.line in ready or c.deadline <= time.monotonic()]:
-                kind, value = child.hear(limit_s, answer)
-                if kind not in ("done", "died"):
-                    continue
+            for child in [running[line] for line in wait(list(running), timeout=0.2)]:
+                try:
+                    kind, outcome = child.line.recv()
+                    if kind != "done":
+                        child.line.send(kind == "started" or answer(child.number, kind, outcome))
+                        child.deadline = time.monotonic() + limit_s
+                        continue
+                except (EOFError, OSError):
+                    outcome = Died(child.end(grace_s=1.0))
                 del running[child.line]
-                how = child.end(0.0 if value else 1.0)
-                if kind == "died" and child.tries < TRIES:
+                child.end()
+                if isinstance(outcome, StoppedError):
+                    raise outcome
+                if not isinstance(outcome, Died):
+                    yield child.number, outcome
+                elif child.tries < TRIES:
                     waiting.appendleft((child.number, child.tries + 1))
                 else:
-                    yield child.number, value if kind == "done" else Died(f"{value or how}; it was tried {TRIES} times")
+                    yield child.number, Died(f"{outcome.reason}; it was tried {TRIES} times")
+            for child in running.values():
+                if child.deadline < time.monotonic():
+                    child.why = f"its process showed no progress for {limit_s:g} s"
+                    child.process.kill()  # which its line will tell
     finally:
         for child in running.values():
             child.end()
@@ -148,12 +127,12 @@ def _main(line: Connection, function: Function, job: Any) -> None:
 
     ask("started", None)
     try:
-        kind, value = "done", function(job, ask)
+        outcome = function(job, ask)
     except StoppedError as error:
-        kind, value = "stopped", str(error)
+        outcome = error
     except Exception as error:
-        kind, value = "died", f"{type(error).__name__}: {error}"
-    line.send((kind, value))
+        outcome = Died(f"{type(error).__name__}: {error}")
+    line.send(("done", outcome))
 
 
 def run_on_ray(function: Function, jobs: Sequence[Any], *, limit_s: float, **_: Any) -> Iterator[tuple[int, Any]]:

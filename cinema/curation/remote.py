@@ -6,7 +6,7 @@ StoppedError where a place cannot be reached.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +16,7 @@ from cinema.curation.store import StoppedError
 from cinema.errors import UserError
 from cinema.files import atomic
 
-SMALL = (".json", ".jsonl", ".md")  # files that may change without changing their size
+SMALL = (".json", ".jsonl", ".md", ".html")  # files that may change without changing their size
 
 
 def is_remote(address: str) -> bool:
@@ -26,34 +26,32 @@ def is_remote(address: str) -> bool:
 
 def list_films(address: str, endings: frozenset[str]) -> list[str]:
     """The film at an address, or the films below it by their endings, sorted."""
-    with _reaching(address):
+    with reaching(address):
         fs, path = fsspec.url_to_fs(address)
-        if not fs.isdir(path):
-            return [address]
-        found = sorted(p for p in fs.find(path) if PurePosixPath(p).suffix.lower() in endings)
-        return [fs.unstrip_protocol(p) for p in found]
+        found = [p for p in fs.find(path) if PurePosixPath(p).suffix.lower() in endings]
+        return [fs.unstrip_protocol(p) for p in sorted(found)] if fs.isdir(path) else [address]
 
 
 def mirror(address: str) -> Path:
     """The folder of this machine that mirrors an address; what is there and not here is fetched, videos excepted."""
     folder = _cache(address)
-    with _reaching(address):
+    folder.mkdir(parents=True, exist_ok=True)
+    with reaching(address):
         fs, root = fsspec.url_to_fs(address)
-        for path, facts in fs.find(root, detail=True).items() if fs.isdir(root) else ():
-            here = folder / PurePosixPath(path).relative_to(PurePosixPath(root))
+        for path in fs.find(root):
+            here = folder / PurePosixPath(path).relative_to(root)
             if here.suffix != ".tar" and not here.exists():
                 with atomic(here) as part:
-                    fs.get_file(facts["name"], str(part))
-    folder.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(part))
     return folder
 
 
-def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda path: True) -> None:
-    """Send files of a mirror that are not at the address yet, done-files last; hidden files stay here."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and wanted(p)]
-    with _reaching(address):
+def send(folder: Path, address: str, pattern: str = "[!.]*") -> None:
+    """Send the files of a mirror of such names that are not at the address yet, done-files last."""
+    files = [path for path in folder.rglob(pattern) if path.is_file()]
+    with reaching(address):
         fs, root = fsspec.url_to_fs(address)
-        for path in sorted(files, key=lambda p: p.name.endswith(".done.json")):
+        for path in sorted(files, key=lambda path: path.name.endswith(".done.json")):
             there = str(PurePosixPath(root, path.relative_to(folder).as_posix()))
             if path.suffix in SMALL or not fs.exists(there) or fs.size(there) != path.stat().st_size:
                 fs.makedirs(str(PurePosixPath(there).parent), exist_ok=True)
@@ -63,21 +61,21 @@ def send(folder: Path, address: str, wanted: Callable[[Path], bool] = lambda pat
 @contextmanager
 def fetched(source: str, film: Path, sidecar: str) -> Iterator[None]:
     """Copy a film, and a file of the ending `sidecar` beside it, for the length of a block; UserError without film."""
-    endings = [film.suffix, sidecar] if sidecar else [film.suffix]
+    here = [film, film.with_suffix(sidecar)] if sidecar else [film]
     try:
-        with _reaching(source):
+        with reaching(source):
             fs, path = fsspec.url_to_fs(source)
-            theirs = {ending: str(PurePosixPath(path).with_suffix(ending)) for ending in endings}
-            found = [ending for ending in endings if fs.exists(theirs[ending])]
-            for ending in found:
-                with atomic(film.with_suffix(ending)) as part:
-                    fs.get_file(theirs[ending], str(part))
-        if film.suffix not in found:
+            there = {place: str(PurePosixPath(path).with_suffix(place.suffix)) for place in here}
+            found = [place for place in here if fs.exists(there[place])]
+            film.parent.mkdir(parents=True, exist_ok=True)
+            for place in found:
+                fs.get_file(there[place], str(place))
+        if film not in found:
             raise UserError(f"{source}: there is no such film; correct the address")
         yield
     finally:
-        for ending in endings:
-            film.with_suffix(ending).unlink(missing_ok=True)
+        for place in here:
+            place.unlink(missing_ok=True)
 
 
 def incoming(source: str) -> Path:
@@ -91,7 +89,8 @@ def _cache(address: str) -> Path:
 
 
 @contextmanager
-def _reaching(address: str) -> Iterator[None]:
+def reaching(address: str) -> Iterator[None]:
+    """Turn what goes wrong at an address into StoppedError, for the length of a block."""
     try:
         yield
     except (OSError, ImportError, ValueError) as error:

@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cinema.errors import UserError
-from cinema.files import atomic, write_json
+from cinema.files import atomic
 from cinema.story import Character, Shot, Source, Story
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 ROW_GROUP = 32  # rows read together when a shot is fetched by number
-UNREADABLE = (pa.ArrowException, KeyError, TypeError, ValueError, OSError)
 LONGEST = 600.0  # seconds that a Story's shot may last
 
 
@@ -53,18 +52,9 @@ class CuratedShot:
     scores: str = "{}"  # JSON object of what the filters measured, name -> [score, threshold]
 
 
-ARROW: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
-ARROW |= {
-    list[str]: pa.list_(pa.string()),
-    float | None: pa.float64(),
-    int | None: pa.int64(),
-    bytes | None: pa.binary(),
-}
-
-
-def schema_of(kind: Any) -> pa.Schema:
-    """The table that holds a dataclass per row."""
-    return pa.schema([(f.name, ARROW[f.type]) for f in fields(kind)])
+ARROW: dict[Any, Any] = {int: "int64", float: "double", str: "string", bool: "bool", bytes | None: "binary"}
+ARROW |= {int | None: "int64", float | None: "double", list[str]: pa.list_(pa.string())}
+SCHEMA = pa.schema([(f.name, ARROW[f.type]) for f in fields(CuratedShot)])
 
 
 @dataclass(frozen=True)
@@ -74,57 +64,52 @@ class CuratedFilm:
     film: str
     cast: list[Character]
     shots: list[CuratedShot]
+    about: dict[str, Any] = field(default_factory=dict)  # of one that is not done yet: what was asked, and seen
 
 
-def write_film(path: Path, film: str, cast: Sequence[Character], shots: Iterable[CuratedShot]) -> None:
-    """Write the shots of a film of that name; the same shots give the same bytes.
+def write_film(
+    path: Path,
+    film: str,
+    cast: Sequence[Character],
+    shots: Iterable[CuratedShot],
+    about: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Write the shots of a film of that name; the same shots give the same bytes. `about` is asked after the last one.
 
     Raises StoppedError where nothing can be written.
     """
-    write_rows(path, shots, lambda: {"film": film, "cast": [c.model_dump() for c in cast]})
+    rows = iter(shots)
+    with (
+        writing(path),
+        atomic(path) as part,
+        open(part, "wb") as file,  # a name that is no UTF-8 is none to Arrow
+        # Nothing is compressed: a JPEG is already, and the rest is small.
+        pq.ParquetWriter(file, SCHEMA, compression="none", use_dictionary=False) as table,
+    ):
+        while group := list(islice(rows, ROW_GROUP)):
+            table.write_table(pa.Table.from_pylist([vars(row) for row in group], schema=SCHEMA))
+        facts = {"store_version": STORE_VERSION, "film": film, "cast": [c.model_dump() for c in cast], "about": about()}
+        table.add_key_value_metadata({"cinema": json.dumps(facts, ensure_ascii=False)})
 
 
 def read_film(path: Path, images: bool = True) -> CuratedFilm:
     """Read a Parquet file of curation, without its `images` if so said; UserError if it is missing or none."""
     try:
-        rows, about = read_rows(path, images)
-        return CuratedFilm(about["film"], [Character(**c) for c in about["cast"]], rows)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; curate the film first") from None
-    except UNREADABLE:
-        raise UserError(f"{path}: not a curated film, or damaged; curate the film again") from None
+        rows = list(read_rows(path, images))
+        with open(path, "rb") as file:
+            facts = json.loads(pq.read_metadata(file).metadata[b"cinema"])
+        return CuratedFilm(facts["film"], [Character(**c) for c in facts["cast"]], rows, facts.get("about", {}))
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
+        what = "not a curated film, or damaged" if path.exists() else "there is no such file"
+        raise UserError(f"{path}: {what}; curate the film again") from None
 
 
-def write_rows(path: Path, rows: Iterable[CuratedShot], about: Callable[[], dict[str, Any]]) -> None:
-    """As `write_film`, row by row; `about`, asked after the last one, gives anything of JSON to go with them."""
-    schema, rows = schema_of(CuratedShot), iter(rows)
-    # Nothing is compressed: a JPEG is already, and the rest is small.
-    with (
-        writing(path),
-        atomic(path) as part,
-        open(part, "wb") as file,  # a name that is no UTF-8 is none to Arrow
-        pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as table,
-    ):
-        while group := list(islice(rows, ROW_GROUP)):
-            table.write_table(pa.Table.from_pylist([vars(row) for row in group], schema=schema))
-        table.add_key_value_metadata(
-            {"cinema": json.dumps({"store_version": STORE_VERSION} | about(), ensure_ascii=False)}
-        )
-
-
-def read_rows(path: Path, images: bool = True) -> tuple[list[CuratedShot], dict[str, Any]]:
-    """What `write_rows` wrote, with `images` or None instead; raises one of UNREADABLE if that cannot be read."""
-    names = [name for name in schema_of(CuratedShot).names if images or name != "image"]
+def read_rows(path: Path, images: bool = True) -> Iterator[CuratedShot]:
+    """The rows of a Parquet file of curation, with `images` or None instead; few are in memory at once."""
+    names = [name for name in SCHEMA.names if images or name != "image"]
     with open(path, "rb") as file, pq.ParquetFile(file) as table:
-        rows = table.read(columns=names).select(names).to_pylist()
-        return [CuratedShot(**{"image": None} | row) for row in rows], json.loads(table.metadata.metadata[b"cinema"])
-
-
-def read_images(path: Path) -> Iterator[bytes | None]:
-    """The images of all rows of a Parquet file of curation, in order; few are in memory at once."""
-    with open(path, "rb") as file, pq.ParquetFile(file) as table:
-        for group in range(table.num_row_groups):
-            yield from table.read_row_group(group, columns=["image"])["image"].to_pylist()
+        for group in table.iter_batches(ROW_GROUP, columns=names):
+            yield from (CuratedShot(**{"image": None} | row) for row in group.to_pylist())
 
 
 def story_of(path: Path) -> Story:
@@ -146,17 +131,15 @@ def story_of(path: Path) -> Story:
 
 def read_done(path: Path) -> dict[str, Any]:
     """A done-file's content; empty if there is none or it is not whole."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
-def write_done(path: Path, data: dict[str, Any]) -> None:
-    """Write a done-file. Raises StoppedError where nothing can be written."""
-    with writing(path):
-        write_json(path, data)
+def read_all_done(out: Path) -> dict[str, dict[str, Any]]:
+    """The done-files of a folder by the stems of their films."""
+    done = {path.name.removesuffix(".done.json"): read_done(path) for path in sorted(out.glob("*.done.json"))}
+    return {stem: film for stem, film in done.items() if film}
 
 
 @contextlib.contextmanager
