@@ -5,13 +5,13 @@ chunks), `shots/000.tiff` (all frames, lossless) and `*.job.json`, which says wh
 
 import errno
 import glob
-import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from hashlib import file_digest, sha256
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -100,7 +100,9 @@ def plan_storyboard(
 
     places = [script, out_dir / "keyframes", board.picture, board.manifest]
     with _work(out_dir / "plan.job.json", facts, places, "story" if edited else "") as same:
-        if not same or not all(map(_read, paths)):
+        if not same:
+            board.manifest.unlink(missing_ok=True)  # it says that all is done
+        if not board.manifest.is_file() or not all(map(_read, paths)):
             planner = KeyframePlanner.from_preset(preset, _device())
             for keyframe in planner.iterate(story, seed, on_progress, None, keep):
                 if not keep(keyframe.index, keyframe.recipe):
@@ -110,7 +112,7 @@ def plan_storyboard(
                     with atomic(paths[keyframe.index]) as part:
                         keyframe.image.save(part, pnginfo=text)
         for path in set((out_dir / "keyframes").glob("*.png")) - set(paths):  # of shots that the story had before
-            if (image := _read(path)) and _told(image):
+            if _told(_read(path)):
                 path.unlink()
         told = story.model_copy(deep=True)
         for shot, path in zip(told.shots, paths, strict=True):
@@ -146,7 +148,8 @@ def animate_storyboard(
             raise UserError(f"{keyframes[-1]}: this keyframe is missing or no picture; put it back or plan again")
         images.append(image)
     counts, paths = _check(story, out, preset), [work / "shots" / f"{i:03d}.tiff" for i in range(len(images))]
-    facts = _facts(story, seed, preset.video) | {"keyframes": [_sha256(image.tobytes()) for image in images]}
+    digests = [sha256(image.tobytes()).hexdigest() for image in images]
+    facts = _facts(story, seed, preset.video) | {"keyframes": digests}
     board = Storyboard(folder, out.with_suffix(".storyboard.png"), out.with_suffix(".json"), keyframes)
     with _work(work / "film.job.json", facts, [work / "shots"]):
         sweep(out.parent, glob.escape(out.stem))
@@ -159,7 +162,7 @@ def animate_storyboard(
         _join(paths, out, preset.video)
         told = zip(story.shots, counts, accumulate(counts), strict=True)
         shots = [{"start_frame": end - n, "end_frame": end, "caption": shot.caption} for shot, n, end in told]
-        film: dict[str, Any] = {"file": out.name, "sha256": _sha256(out.read_bytes()), "frames": sum(counts)}
+        film: dict[str, Any] = {"file": out.name, "sha256": sha256(out.read_bytes()).hexdigest(), "frames": sum(counts)}
         film |= {"fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
         _write_papers(board, story, preset, seed, shots=shots, film=film)
     return MovieResult(out, board.picture, board.manifest, keyframes)
@@ -167,13 +170,13 @@ def animate_storyboard(
 
 def weights_identity(name: str) -> str:
     """What tells weights apart: the SHA-256 of a local folder's weights and settings, or a hub name as it is."""
-    folder, digest = Path(name), hashlib.sha256()
+    folder, digest = Path(name), sha256()
     if not folder.is_dir():
         return name
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model")):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -205,10 +208,10 @@ def _work(job: Path, facts: dict[str, Any], places: list[Path], free: str = "") 
 
     The fact that is `free` may have changed. UserError if files in those places are of other work, or the disk refuses.
     """
-    held = None
-    with suppress(OSError, ValueError):
-        held = json.loads(job.read_text(encoding="utf-8"))
-    other = [name for name in facts if not isinstance(held, dict) or held.get(name) != facts[name]]
+    held: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError):
+        held = dict(json.loads(job.read_text(encoding="utf-8")))
+    other = [name for name in facts if held.get(name) != facts[name]]
     taken = [place.name for place in places if place.exists()]
     if taken and not set(other) <= {free}:
         why = f"holds work of another film (its {' and '.join(other)} differ)"
@@ -244,11 +247,8 @@ def _write_papers(board: Storyboard, story: Story, preset: Preset, seed: int, **
     told["weights"] = {name: weights_identity(getattr(preset, name).weights) for name in ("keyframes", "video")}
     packages = ("cinema", "torch", "diffusers", "transformers", "pillow", "av")
     told["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    told |= {"device": _device(), "keyframes": []}
-    for path in board.keyframes:
-        with Image.open(path) as image:
-            told["keyframes"].append({"file": path.name, "sha256": _sha256(path.read_bytes())} | _told(image))
-    write_json(board.manifest, told | more)
+    files = [{"file": p.name, "sha256": sha256(p.read_bytes()).hexdigest()} | _told(_read(p)) for p in board.keyframes]
+    write_json(board.manifest, told | {"device": _device(), "keyframes": files} | more)
 
 
 def _read(path: Path) -> Image.Image | None:
@@ -258,10 +258,11 @@ def _read(path: Path) -> Image.Image | None:
     return None
 
 
-def _told(image: Image.Image) -> dict[str, Any]:
-    """What a keyframe's file says about itself; a picture from elsewhere says nothing."""
+def _told(image: Image.Image | None) -> dict[str, Any]:
+    """What a keyframe's file says about itself; a picture from elsewhere, or none, says nothing."""
+    info = getattr(image, "info", {})
     with suppress(ValueError, TypeError):  # the words may stand for something else
-        return {key: json.loads(image.info[key]) for key in _TOLD if key in image.info}
+        return {key: json.loads(info[key]) for key in _TOLD if key in info}
     return {}
 
 
@@ -272,10 +273,6 @@ def _is_whole(path: Path, count: int, preset: Preset) -> bool:
         shot.load()
         return getattr(shot, "n_frames", 1) == count and shot.size == (preset.video.width, preset.video.height)
     return False
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _device() -> str:

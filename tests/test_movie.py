@@ -267,3 +267,15 @@ def test_after_an_edit_only_what_depends_on_it_is_planned_again(preset: Preset, 
         assert mine.size == (300, 100)
     with pytest.raises(UserError, match="its seed differ"):
         plan_storyboard(story(CAPTIONS[:2]), tmp_path / "board", preset, seed=6, edited=True)
+
+
+def test_an_edit_that_was_stopped_is_gone_on_with(preset: Preset, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    edited = story([CAPTIONS[0], CAPTIONS[2], CAPTIONS[1]])
+    plan_storyboard(story(), tmp_path / "board", preset, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        plan_storyboard(edited, tmp_path / "board", preset, 5, stop, edited=True)
+    again, fresh = (plan_storyboard(edited, tmp_path / name, preset, seed=5) for name in ("board", "fresh"))
+    assert [p.read_bytes() for p in again.keyframes] == [p.read_bytes() for p in fresh.keyframes]
