@@ -5,11 +5,12 @@ after the return is planned, and a reader tells whether who comes back looks as 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,11 +27,16 @@ from cinema.movie import weights_identity
 from cinema.progress import Progress, quiet
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_flashback
+from cinema.training import make_task
+from cinema.training.config import Stage, TrainConfig
+from cinema.training.loop import run_training
 
 SHOTS = 5  # of a scene; there are three, and the return
 SIGMA = 0.85  # noise at which the error of a ratio is measured: where looks are decided
 BUDGET = 1.5  # the ratio whose memory a learned one may not exceed
 LEARNED = "learned"
+MOVIES = 400  # that weights are trained on
+TRAINED = "trained"  # of a row: settings with which the weights are trained on, for `tune` steps
 
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "retrieval": {x: {"retrieval": x, "memory_levels": 2} for x in ("recency", "random", "t5", "clip", "oracle")},
@@ -42,7 +48,11 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "levels": {str(count): {"memory_levels": count} for count in (4, 3, 2, 1)},
     "rope": {"same extent": {"memory_extent": True}, "raw": {"memory_extent": False}},
     "sigma": {str(sigma): {"context_sigma": sigma} for sigma in (0.05, 0.001, 0.25, 0.5, 0.75, 1.0)},
-    "mask": {f"{mask}, {n} together": {"mask": mask, "window": n} for n in (1, SHOTS) for mask in ("causal", "full")},
+    "mask": {
+        f"{trained}, {mask}, {n} together": {"mask": mask, "window": n, TRAINED: {"mask": trained}}
+        for trained in ("causal", "full")
+        for mask, n in (("causal", 1), ("full", 1), ("causal", SHOTS), ("full", SHOTS))
+    },
 }  #: by name: rows, and what of the planner's settings each changes; gains are over the first
 SCENES = ("mask",)  # ablations that plan all shots after the return; the others plan one
 
@@ -53,10 +63,12 @@ def ablate(
     stories: int = 100,
     seeds: Sequence[int] = (0,),
     out: Path | None = None,
+    tune: int = 200,
     on_progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Identity after the return for every row of an ablation, over so many films of each seed.
 
+    Rows that differ in training start from the preset's weights and train on for `tune` steps, once for each seed.
     Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `ci95`, its 95 % interval
     over films; `by seed`; `gain ci95`, of what it has more than the first row; the `sides` of its levels in patches;
     and image `tokens` remembered. With a folder `out` what is done is kept there and not done again. UserError if there
@@ -65,15 +77,19 @@ def ablate(
     if name not in ABLATIONS:
         raise UserError(f"there is no ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
     parts: dict[str, list[dict[str, Any]]] = {label: [] for label in ABLATIONS[name]}
-    jobs = [(label, seed) for label in parts for seed in seeds]
-    for i, (label, seed) in enumerate(jobs):
-        chosen, shots = _changed(preset, ABLATIONS[name][label]), SHOTS if name in SCENES else 1
-        path = out / f"{name}-{label}-{seed}.json" if out else None
+    jobs, shots = [(label, seed) for label in parts for seed in seeds], SHOTS if name in SCENES else 1
+    with TemporaryDirectory() as spare:
+        folder = out or Path(spare)
+        for i, (label, seed) in enumerate(jobs):
 
-        def tell(done: int, i: int = i, label: str = label) -> None:
-            on_progress(i * stories + done, len(jobs) * stories, f"{name} {label}, film {done} of {stories}")
+            def tell(done: int, total: int, what: str, i: int = i, label: str = label) -> None:
+                on_progress(round(1000 * (i + done / total)), 1000 * len(jobs), f"{name} {label}: {what}")
 
-        parts[label].append(_kept(path, chosen, stories, seed, shots, tell))
+            changes = dict(ABLATIONS[name][label])
+            if trained := changes.pop(TRAINED, None):
+                changes["weights"] = _tuned(preset, trained, tune, seed, folder, tell)
+            path = folder / f"{name}-{label}-{seed}.json"
+            parts[label].append(_kept(path, _changed(preset, changes), stories, seed, shots, tell))
     rows = {label: [film for part in own for film in part["judged"]] for label, own in parts.items()}
     first = next(iter(rows.values()))
     figures = {
@@ -111,22 +127,36 @@ def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     return preset.remembering(**changes)
 
 
-def _kept(
-    path: Path | None, preset: Preset, stories: int, seed: int, shots: int, tell: Callable[[int], None]
-) -> dict[str, Any]:
+def _tuned(preset: Preset, changes: dict[str, Any], steps: int, seed: int, out: Path, tell: Progress) -> str:
+    """Folder of the preset's weights after so many more steps with these settings of the memory."""
+    base = Path(preset.keyframes.weights)
+    folder = out / "-".join(
+        ["trained", weights_identity(str(base))[:8], *map(str, changes.values()), str(steps), str(seed)]
+    )
+    if not (folder / "weights" / "model_index.json").is_file():
+        parts = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+        options: dict[str, Any] = {part: str(base / folder) for part, folder in parts.items()}
+        options |= {"cache": str(out / "cache"), "movies": MOVIES, "shift": 3.0, "recall": 0.02, "memory": changes}
+        stage = Stage(steps=steps, batch=4, pairs=12, group=4)
+        rates: dict[str, Any] = {"lr": 2e-4, "muon_lr": 3e-3, "warmup": 20, "save_every": 50}
+        config = TrainConfig(task="keyframes", seed=seed, init=str(base), stages=[stage], options=options, **rates)
+        run_training(config, make_task(config.task, seed, config.init, options), folder, True, tell)
+    return str(folder / "weights")
+
+
+def _kept(path: Path, preset: Preset, stories: int, seed: int, shots: int, tell: Progress) -> dict[str, Any]:
     """What `_judge` gives, or what a file says that it gave for the same settings and weights."""
     settings = asdict(preset.keyframes)
     settings |= {name: weights_identity(settings[name]) for name in ("weights", "towers")}
     request = json.loads(json.dumps([settings, preset.dtype, stories, seed, shots]))
-    if path and path.is_file() and (told := json.loads(path.read_text(encoding="utf-8")))["request"] == request:
+    if path.is_file() and (told := json.loads(path.read_text(encoding="utf-8")))["request"] == request:
         return told["result"]
     result = _judge(preset, stories, seed, shots, tell)
-    if path:
-        write_json(path, {"request": request, "result": result})
+    write_json(path, {"request": request, "result": result})
     return result
 
 
-def _judge(preset: Preset, stories: int, seed: int, shots: int, tell: Callable[[int], None]) -> dict[str, Any]:
+def _judge(preset: Preset, stories: int, seed: int, shots: int, tell: Progress) -> dict[str, Any]:
     """Per film, whether each who comes back is as before in so many shots after the return."""
     planner, judged = _planner(preset), []
     for i in range(stories):
@@ -134,7 +164,7 @@ def _judge(preset: Preset, stories: int, seed: int, shots: int, tell: Callable[[
         planned = planner.plan(movie.story(), seed, None, known)
         images = [None if k.index in known else k.image for k in planned]
         judged.append(score_keyframes(movie.captions(), images).identity)
-        tell(i + 1)
+        tell(i + 1, stories, f"film {i + 1} of {stories}")
     kept = planned[len(known)].remembered
     sides = levels(planner.side, preset.keyframes.memory_levels, preset.keyframes.memory_ratio)
     return {"judged": judged, "sides": [*sides], "tokens": sum(tokens(side) for _, side in kept)}

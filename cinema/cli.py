@@ -260,12 +260,13 @@ def bench_ablate(
     name: Annotated[str, typer.Argument(help="retrieval, ratio, group, levels, rope, sigma or mask.")],
     stories: Annotated[int, typer.Option(help="Films of each seed.", min=2)] = 50,
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 2,
+    tune: Annotated[int, typer.Option(help="Steps of training, for rows that differ in it.", min=1)] = 200,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep what is done here, and go on from it.")] = None,
     preset: Preset = None,
     json: Json = None,
 ) -> None:
     """Change one thing of the memory at a time, and read who is still recognised when a film returns to a scene."""
-    _show(_watch("cinema.ablation:ablate", preset, name, stories, range(seeds), out), json)
+    _show(_watch("cinema.ablation:ablate", preset, name, stories, range(seeds), out, tune), json)
 
 
 @bench.command("planner")

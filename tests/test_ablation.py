@@ -3,6 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import cinema.ablation
 from cinema.ablation import ABLATIONS, LEARNED, SHOTS, ablate, learn_ratio
@@ -11,6 +13,8 @@ from cinema.config import TOY, Preset
 from cinema.errors import UserError
 from cinema.goldenmem import levels, tokens
 from cinema.keyframes import KeyframePlanner
+from cinema.progress import quiet
+from cinema.training.keyframes import KeyframeTask
 
 QUICK = replace(TOY, keyframes=replace(TOY.keyframes, steps=2, guidance=1.0))
 
@@ -19,8 +23,9 @@ def test_every_row_is_a_memory_that_plans(monkeypatch: pytest.MonkeyPatch) -> No
     """Settings of all rows load and lay out the whole film, and within an ablation no two are equal."""
     monkeypatch.setattr(cinema.ablation, "learn_ratio", lambda preset: (1.6, 1.5, 1.5))
     for rows in ABLATIONS.values():
-        chosen = [cinema.ablation._changed(TOY, changes).keyframes for changes in rows.values()]
-        assert len(set(chosen)) == len(rows) > 1
+        plans = [{k: v for k, v in changes.items() if k != "trained"} for changes in rows.values()]
+        chosen = [cinema.ablation._changed(TOY, changes).keyframes for changes in plans]
+        assert len(set(map(str, rows.values()))) == len(rows) > 1
         for own in chosen:
             assert len(levels(8, own.memory_levels, own.memory_ratio)) == own.memory_levels
             assert own.mask in ("causal", "full") and own.window in (1, SHOTS)
@@ -63,6 +68,20 @@ def test_an_error_of_a_ratio_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> 
     plain = replace(TOY, keyframes=replace(TOY.keyframes, guidance=1.0, memory_levels=4))
     blind = replace(plain, keyframes=replace(plain.keyframes, context_sigma=1.0))
     assert cinema.ablation._error(plain, 3, 0) < cinema.ablation._error(blind, 3, 0)
+
+
+def test_weights_are_trained_on_with_another_mask_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cinema.ablation, "MOVIES", 2)
+    monkeypatch.setattr(KeyframeTask, "sample", lambda *_: None)
+    folders = [cinema.ablation._tuned(TOY, {"mask": m}, 1, 0, tmp_path, quiet) for m in ("causal", "full")]
+    base, causal, full = (
+        load_file(Path(f, "transformer", "diffusion_pytorch_model.safetensors"))
+        for f in (TOY.keyframes.weights, *folders)
+    )
+    name = "single_transformer_blocks.6.attn.to_q.weight"
+    assert not torch.equal(base[name], causal[name]) and not torch.equal(causal[name], full[name])
+    monkeypatch.setattr(cinema.ablation, "run_training", lambda *_: pytest.fail("trained twice"))
+    assert cinema.ablation._tuned(TOY, {"mask": "full"}, 1, 0, tmp_path, quiet) == folders[1]
 
 
 def test_the_command_tells_identity_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

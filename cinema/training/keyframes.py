@@ -6,8 +6,9 @@ remembered. Some full-size pairs are nearly clean as well, as context is at infe
 
 import copy
 import random
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -17,9 +18,9 @@ from jaxtyping import BFloat16, Bool, Float
 from pydantic import DirectoryPath, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
+from transformers import AutoModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from cinema.config import TOY
+from cinema.config import TOY, KeyframeSettings
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.goldenmem import PATCH, Layout, coordinates, shrink
 from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames
@@ -36,9 +37,9 @@ class KeyframeLearner(nn.Module):
     """What is trained: the interleaved transformer on windows of a story, and beside it a linear layer that reads,
     from the words half-way through the global blocks, how each character looks."""
 
-    def __init__(self, transformer: InterleavedFluxTransformer, words: int) -> None:
+    def __init__(self, transformer: InterleavedFluxTransformer, words: int, settings: KeyframeSettings) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.causal, self.extent = transformer, settings.mask == "causal", settings.memory_extent
         self.recalls = nn.Linear(transformer.inner_dim, words)
 
     def forward(
@@ -52,12 +53,12 @@ class KeyframeLearner(nn.Module):
         """Velocities at the finest level of the layout, and logits of every word's look; `latents` go by level."""
         dtype, groups = self.transformer.proj_out.weight.dtype, []
         for noised, (side, pairs) in zip(latents, layout.by_level(), strict=True):
-            ids, index = coordinates(side, layout.sides[-1]).to(noised.device), torch.tensor(pairs)
+            ids, index = coordinates(side, layout.sides[-1], self.extent).to(noised.device), torch.tensor(pairs)
             words = text[:, pairs].to(dtype), pooled[:, pairs].to(dtype)
             groups.append(PairGroup(noised.to(dtype), *words, sigma[:, pairs], ids, index))
         blocks, kept = self.transformer.single_transformer_blocks, []
         with blocks[len(blocks) // 2 - 1].register_forward_hook(lambda _block, _told, out: kept.append(out[0])):
-            velocities = self.transformer.forward_pairs(groups, causal=True)
+            velocities = self.transformer.forward_pairs(groups, self.causal)
         lengths = [text.shape[2] + 2 * side**2 for side in layout.sides]
         looks = torch.stack([pair[:, : text.shape[2]] for pair in kept[0].split(lengths, dim=1)], dim=1)  # text first
         return velocities[0].float(), self.recalls(looks).float()
@@ -67,19 +68,20 @@ class KeyframeLearner(nn.Module):
 class KeyframeTask(StoryTask):
     """Keyframe planning on toy stories."""
 
-    clip: DirectoryPath  #: a trained CLIP, which stays as it is
+    clip: DirectoryPath  #: a trained CLIP, or its text half, which stays as it is
     t5: DirectoryPath  #: a trained T5, likewise
     movies: PositiveInt = 2000
     recall: float = 0.0  #: weight of `recall_error`; without it attention takes long to find a look by its name
     context = 0.35  # share of the newest pairs (the last one excepted) that are nearly clean context
     context_sigma = 0.25  # upper bound of the context's noise
     caption_dropout = 0.08  # share of captions left empty, for guidance
-    settings = TOY.keyframes
+    memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
 
     def build(self) -> KeyframeLearner:
         """A transformer, and the planner that it is to draw for."""
+        self.settings = replace(TOY.keyframes, **self.memory)
         vae = AutoencoderKL.from_pretrained(self.vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
-        clip = clip_text_tower(CLIPModel.from_pretrained(self.clip)).eval().requires_grad_(False)
+        clip = clip_text_tower(AutoModel.from_pretrained(self.clip, torch_dtype=torch.float32)).eval()
         t5 = T5EncoderModel.from_pretrained(self.t5, torch_dtype=torch.float32).eval().requires_grad_(False)
         tokenizers = make_tokenizer(start=True), make_tokenizer(start=False)
         text = TextEncoders(tokenizers[0], clip, tokenizers[1], t5, self.settings.text_tokens)
@@ -88,7 +90,7 @@ class KeyframeTask(StoryTask):
         self.planner = KeyframePlanner(transformer, vae, text, self.settings)
         self.sides = [side for side, _ in self._layout(self.shots, self.settings.memory_group).by_level()]
         self.stories = self.latents(vae, self.sides)
-        return KeyframeLearner(transformer, len(tokenizers[1]))
+        return KeyframeLearner(transformer, len(tokenizers[1]), self.settings)
 
     def encode(self, movie: Movie) -> dict[str, BFloat16[Tensor, "m _s c"]]:
         """Every shot at each of GoldenMem's levels, by the level's short side in patches."""

@@ -167,9 +167,11 @@ def small_clip(width: int = 128, layers: int = 2, heads: int = 4, image: int = 1
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
 
-def clip_text_tower(model: CLIPModel) -> CLIPTextModel:
-    """The text half of a CLIP, as the Flux pipeline wants it."""
+def clip_text_tower(model: CLIPModel | CLIPTextModel) -> CLIPTextModel:
+    """The text half of a CLIP, as the Flux pipeline wants it, or what is one already; frozen."""
+    if isinstance(model, CLIPTextModel):
+        return model.requires_grad_(False)
     config: Any = model.config
     text = CLIPTextModel(config.text_config)
     text.load_state_dict(model.text_model.state_dict())
-    return text
+    return text.requires_grad_(False)
