@@ -97,10 +97,11 @@ class Keeper:
         self.frames += [] if frame.damaged else [frame]
         if len(self.frames) <= self._room:
             return
-        pts, start, now = np.array([f.pts for f in self.frames]), self._start, frame.pts
-        if pts[1] <= (start + max(start, now - self._late)) / 2:
+        start, now = self._start, frame.pts
+        if self.frames[1].pts <= (start + max(start, now - self._late)) / 2:
             self.frames.pop(0)  # the middle has passed the frame after it
             return
+        pts = np.array([f.pts for f in self.frames])
         age, into = (now - pts)[1:-1], (pts - start)[1:-1]
         close_enough = np.maximum(1, np.where(age > self._late, into, np.minimum(age, into)))
         spacing = (pts[2:] - pts[:-2]) / close_enough
