@@ -1,9 +1,11 @@
 """Ablations: one change of the memory at a time, judged where memory matters.
 
 A film comes back to an early scene after others. Its shots up to there are as the toy world draws them; what comes
-after the return is planned, and a reader tells whether who comes back looks as before. All rows plan the same films.
+after the return is planned. A reader tells whether who comes back looks as before, and the picture is compared with
+the toy world's own. All rows plan the same films from the same noise.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +20,7 @@ from PIL import Image
 
 from cinema.config import PHI, KeyframeSettings, Preset
 from cinema.errors import UserError
-from cinema.evaluation import bootstrap, score_keyframes
+from cinema.evaluation import bootstrap, psnr, score_keyframes
 from cinema.files import write_json
 from cinema.flow import velocity
 from cinema.goldenmem import PATCH, Layout, levels, tokens
@@ -37,6 +39,7 @@ BUDGET = 1.5  # the ratio whose memory a learned one may not exceed
 LEARNED = "learned"
 MOVIES = 400  # that weights are trained on
 TRAINED = "trained"  # of a row: settings with which the weights are trained on, for `tune` steps
+UNTOLD = "untold"  # of a row: captions tell no looks, as if they had been told before the film began
 
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "retrieval": {x: {"retrieval": x, "memory_levels": 2} for x in ("recency", "random", "t5", "clip", "oracle")},
@@ -47,37 +50,39 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "group": {str(count): {"memory_group": count} for count in (4, 1, 2, 8)},
     "levels": {str(count): {"memory_levels": count} for count in (4, 3, 2, 1)},
     "rope": {"same extent": {"memory_extent": True}, "raw": {"memory_extent": False}},
+    "words": {"looks told": {}, "looks untold": {UNTOLD: True}, "looks told, pictures noise": {"context_sigma": 1.0}},
     "sigma": {str(sigma): {"context_sigma": sigma} for sigma in (0.05, 0.001, 0.25, 0.5, 0.75, 1.0)},
     "mask": {
         f"{trained}, {mask}, {n} together": {"mask": mask, "window": n, TRAINED: {"mask": trained}}
         for trained in ("causal", "full")
         for mask, n in (("causal", 1), ("full", 1), ("causal", SHOTS), ("full", SHOTS))
     },
-}  #: by name: rows, and what of the planner's settings each changes; gains are over the first
+}  #: by name: rows, and what each changes, most of it settings of the planner; gains are over the first
 SCENES = ("mask",)  # ablations that plan all shots after the return; the others plan one
 
 
 def ablate(
     preset: Preset,
     name: str,
-    stories: int = 100,
-    seeds: Sequence[int] = (0,),
+    stories: int = 50,
+    seeds: Sequence[int] = (0, 1),
     out: Path | None = None,
     tune: int = 200,
     on_progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Identity after the return for every row of an ablation, over so many films of each seed.
+    """Every row of an ablation, over so many films of each seed.
 
     Rows that differ in training start from the preset's weights and train on for `tune` steps, once for each seed.
-    Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `ci95`, its 95 % interval
-    over films; `by seed`; `gain ci95`, of what it has more than the first row; the `sides` of its levels in patches;
-    and image `tokens` remembered. With a folder `out` what is done is kept there and not done again. UserError if there
-    is no such ablation, or the weights cannot be loaded.
+    Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `psnr`, nearness to the toy
+    world's own picture in dB; of both the 95 % interval over films (`ci95`), that of what they are above the first
+    row's (`gain ci95`) and the values by seed; the `sides` of the levels in patches, and image `tokens` remembered.
+    With a folder `out` what is done is kept there and not done again. UserError if there is no such ablation, or the
+    weights cannot be loaded.
     """
     if name not in ABLATIONS:
         raise UserError(f"there is no ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
     parts: dict[str, list[dict[str, Any]]] = {label: [] for label in ABLATIONS[name]}
-    jobs, shots = [(label, seed) for label in parts for seed in seeds], SHOTS if name in SCENES else 1
+    jobs = [(label, seed) for label in parts for seed in seeds]
     with TemporaryDirectory() as spare:
         folder = out or Path(spare)
         for i, (label, seed) in enumerate(jobs):
@@ -85,20 +90,22 @@ def ablate(
             def tell(done: int, total: int, what: str, i: int = i, label: str = label) -> None:
                 on_progress(round(1000 * (i + done / total)), 1000 * len(jobs), f"{name} {label}: {what}")
 
-            changes = dict(ABLATIONS[name][label])
+            chosen, changes = preset, dict(ABLATIONS[name][label])
             if trained := changes.pop(TRAINED, None):
-                changes["weights"] = _tuned(preset, trained, tune, seed, folder, tell)
-            path = folder / f"{name}-{label}-{seed}.json"
-            parts[label].append(_kept(path, _changed(preset, changes), stories, seed, shots, tell))
-    rows = {label: [film for part in own for film in part["judged"]] for label, own in parts.items()}
-    first = next(iter(rows.values()))
-    figures = {
-        label: {"identity": _share(own), "ci95": bootstrap(own), "gain ci95": bootstrap(own, first)}
-        | {"by seed": [_share(part["judged"]) for part in parts[label]]}
-        | {fact: parts[label][0][fact] for fact in ("sides", "tokens")}
-        for label, own in rows.items()
-    }
-    return {"ablation": name, "preset": preset.name, "stories": stories, "seeds": [*seeds], "rows": figures}
+                chosen = preset.remembering(weights=_tuned(preset, trained, tune, seed, folder, tell))
+            path, shots = folder / f"{name}-{label}-{seed}.json", SHOTS if name in SCENES else 1
+            parts[label].append(_kept(path, chosen, changes, stories, seed, shots, tell))
+    table: dict[str, dict[str, Any]] = {label: {} for label in parts}
+    for figure in ("identity", "psnr"):
+        first: list[list[float]] = []
+        for label, row in table.items():
+            by_seed = [part[figure] for part in parts[label]]
+            films = [film for part in by_seed for film in part]
+            first = first or films
+            row[figure] = {"mean": _mean(films), "ci95": bootstrap(films), "gain ci95": bootstrap(films, first)}
+            row[figure]["by seed"] = [_mean(part) for part in by_seed]
+            row |= {fact: parts[label][0][fact] for fact in ("sides", "tokens")}
+    return {"ablation": name, "preset": preset.name, "stories": stories, "seeds": [*seeds], "rows": table}
 
 
 @cache
@@ -130,44 +137,53 @@ def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
 def _tuned(preset: Preset, changes: dict[str, Any], steps: int, seed: int, out: Path, tell: Progress) -> str:
     """Folder of the preset's weights after so many more steps with these settings of the memory."""
     base = Path(preset.keyframes.weights)
-    folder = out / "-".join(
-        ["trained", weights_identity(str(base))[:8], *map(str, changes.values()), str(steps), str(seed)]
-    )
+    parts = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+    options: dict[str, Any] = {part: str(base / folder) for part, folder in parts.items()}
+    options |= {"cache": str(out / "cache"), "movies": MOVIES, "shift": 3.0, "memory": changes}
+    told: dict[str, Any] = {"options": options, "stages": [Stage(steps=steps, batch=4, pairs=12, group=4)]}
+    config = TrainConfig(task="keyframes", seed=seed, init=str(base), lr=2e-4, muon_lr=3e-3, warmup=20, **told)
+    recipe = weights_identity(str(base)) + config.model_dump_json(exclude={"init": True, "options": {*parts, "cache"}})
+    folder = out / f"trained-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
     if not (folder / "weights" / "model_index.json").is_file():
-        parts = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
-        options: dict[str, Any] = {part: str(base / folder) for part, folder in parts.items()}
-        options |= {"cache": str(out / "cache"), "movies": MOVIES, "shift": 3.0, "recall": 0.02, "memory": changes}
-        stage = Stage(steps=steps, batch=4, pairs=12, group=4)
-        rates: dict[str, Any] = {"lr": 2e-4, "muon_lr": 3e-3, "warmup": 20, "save_every": 50}
-        config = TrainConfig(task="keyframes", seed=seed, init=str(base), stages=[stage], options=options, **rates)
         run_training(config, make_task(config.task, seed, config.init, options), folder, True, tell)
     return str(folder / "weights")
 
 
-def _kept(path: Path, preset: Preset, stories: int, seed: int, shots: int, tell: Progress) -> dict[str, Any]:
+def _kept(path: Path, preset: Preset, changes: dict[str, Any], *rest: Any) -> dict[str, Any]:
     """What `_judge` gives, or what a file says that it gave for the same settings and weights."""
     settings = asdict(preset.keyframes)
     settings |= {name: weights_identity(settings[name]) for name in ("weights", "towers")}
-    request = json.loads(json.dumps([settings, preset.dtype, stories, seed, shots]))
+    request = json.loads(json.dumps([settings, preset.dtype, changes, *rest[:-1]]))
     if path.is_file() and (told := json.loads(path.read_text(encoding="utf-8")))["request"] == request:
         return told["result"]
-    result = _judge(preset, stories, seed, shots, tell)
+    result = _judge(preset, changes, *rest)
     write_json(path, {"request": request, "result": result})
     return result
 
 
-def _judge(preset: Preset, stories: int, seed: int, shots: int, tell: Progress) -> dict[str, Any]:
-    """Per film, whether each who comes back is as before in so many shots after the return."""
-    planner, judged = _planner(preset), []
+def _judge(
+    preset: Preset, changes: dict[str, Any], stories: int, seed: int, shots: int, tell: Progress
+) -> dict[str, Any]:
+    """Per film, of so many shots after the return: whether each who comes back is as before, and nearness in dB."""
+    chosen = _changed(preset, {name: value for name, value in changes.items() if name != UNTOLD})
+    planner, told = _planner(chosen), dict[str, Any](identity=[], psnr=[])
     for i in range(stories):
-        movie, known = _return(f"heldout/{seed}/{i}", shots, preset.keyframes)
-        planned = planner.plan(movie.story(), seed, None, known)
+        movie, known = _return(f"heldout/{seed}/{i}", shots, chosen.keyframes)
+        story, captions = movie.story(), movie.captions()
+        if UNTOLD in changes:
+            bare = replace(movie, shots=movie.shots * 2).captions()[
+                len(captions) :
+            ]  # who has appeared is not described
+            story.shots = [s.model_copy(update={"caption": c}) for s, c in zip(story.shots, bare, strict=True)]
+        planned = planner.plan(story, 10_000 * seed + i, None, known)
         images = [None if k.index in known else k.image for k in planned]
-        judged.append(score_keyframes(movie.captions(), images).identity)
+        told["identity"].append(score_keyframes(captions, images).identity)
+        new = zip(planned[len(known) :], movie.shots[len(known) :], strict=True)
+        told["psnr"].append([psnr(k.image, render(movie, shot, chosen.keyframes.height)) for k, shot in new])
         tell(i + 1, stories, f"film {i + 1} of {stories}")
     kept = planned[len(known)].remembered
-    sides = levels(planner.side, preset.keyframes.memory_levels, preset.keyframes.memory_ratio)
-    return {"judged": judged, "sides": [*sides], "tokens": sum(tokens(side) for _, side in kept)}
+    sides = levels(planner.side, chosen.keyframes.memory_levels, chosen.keyframes.memory_ratio)
+    return {**told, "sides": [*sides], "tokens": sum(tokens(side) for _, side in kept)}
 
 
 @torch.no_grad()
@@ -199,6 +215,6 @@ def _return(seed: str, shots: int, settings: KeyframeSettings) -> tuple[Movie, d
     return replace(movie, shots=movie.shots[: back + shots]), known
 
 
-def _share(films: Sequence[Sequence[bool]]) -> float:
+def _mean(films: Sequence[Sequence[float]]) -> float:
     judged = [right for film in films for right in film]
     return sum(judged) / len(judged)

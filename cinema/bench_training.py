@@ -17,7 +17,7 @@ from cinema.budget import Work, flops
 from cinema.config import KeyframeSettings
 from cinema.goldenmem import PATCH, Layout
 from cinema.progress import Progress, quiet
-from cinema.transformer import InterleavedFluxTransformer, PairGroup, Ragged
+from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 TURNS = 3  # timed runs of each form, interleaved
 
@@ -34,20 +34,20 @@ def bench_training(
 
     `mask` is one sequence of whole pairs under dense masks, `fold` the same as folds, `goldenmem` the folds of the
     settings' levels with all pairs kept: levels take more than `memory_group` of them where the last would overflow.
-    Peaks are what the allocator gives out above the weights. Returns them by number of pairs, with `mask`'s time over
-    each and the rate of `goldenmem` in TFLOP/s. UserError for a width that is no multiple of the heads', or less than
-    one pair.
+    Peaks are what the allocator gives out above the weights and their gradients. Returns them by pairs and
+    form, with `mask`'s time over each and its rate in TFLOP/s. UserError for a width that is no multiple of the
+    heads', or less than one pair.
     """
     model = random_flux(width, double, single, pairs).train()
     rows: dict[str, Any] = {}
     for i, count in enumerate(pairs):
         on_progress(i, len(pairs), f"{count} pairs")
-        rows[str(count)] = _row(model, settings, count)
+        rows |= _rows(model, settings, count)
     facts = {"width": width, "double": double, "single": single, "device": str(model.device), "mask": settings.mask}
-    return facts | {"pairs": rows}
+    return facts | {"forms": rows}
 
 
-def _row(model: InterleavedFluxTransformer, settings: KeyframeSettings, count: int) -> dict[str, Any]:
+def _rows(model: InterleavedFluxTransformer, settings: KeyframeSettings, count: int) -> dict[str, Any]:
     side, causal, text = settings.height // PATCH, settings.mask == "causal", settings.text_tokens
     group = max(settings.memory_group, -(-count // settings.memory_levels))
     golden = Layout(count, side, settings.memory_levels, group, settings.memory_ratio)
@@ -61,14 +61,19 @@ def _row(model: InterleavedFluxTransformer, settings: KeyframeSettings, count: i
     def step(name: str) -> None:
         torch.stack([out.float().square().mean() for out in forms[name]()]).sum().backward()
 
-    took = {name: [seconds_of(lambda: step(name)) for _ in range(TURNS + 1)][1:] for name in forms}  # noqa: B023
-    seconds = {name: float(np.median(times)) for name, times in took.items()}
-    work = flops(model.config, golden.sides, text, Work("full", causal=causal))
+    took: list[dict[str, float]] = []
+    for _ in range(TURNS + 1):  # the first warms up
+        took.append({name: seconds_of(lambda: step(name)) for name in forms})  # noqa: B023
+    seconds = {name: float(np.median([turn[name] for turn in took[1:]])) for name in forms}
+    sides = {"mask": (side,) * count, "fold": (side,) * count, "goldenmem": golden.sides}
     return {
-        "seconds": seconds,
-        "mask / form": {name: seconds["mask"] / own for name, own in seconds.items()},
-        "peak bytes": {name: most_allocated(lambda: step(name)) for name in forms},  # noqa: B023
-        "goldenmem TFLOP/s": work / seconds["goldenmem"] / 1e12,
+        f"{count} pairs, {name}": {
+            "seconds": spent,
+            "mask / it": seconds["mask"] / spent,
+            "TFLOP/s": flops(model.config, sides[name], text, Work("full", causal=causal)) / spent / 1e12,
+            "peak bytes": most_allocated(lambda: step(name), model.device),  # noqa: B023
+        }
+        for name, spent in seconds.items()
     }
 
 
@@ -80,15 +85,16 @@ def dense_pairs(
     One sequence, all words and then all patches, runs through both kinds of block; modulation is per token. This is the
     form in which hybrid masking is written down (paper, section 3.1), and what the folds are tested against.
     """
-    pairs, tembs = Ragged(groups), [model.condition(group, guidance) for group in groups]
-    words = [model.context_embedder(groups[g].text[:, j]) for g, j in pairs.order]  # b t d
-    patches = [model.x_embedder(groups[g].latents[:, j]) for g, j in pairs.order]  # b s d
-    rows = torch.stack([tembs[g][:, j] for g, j in pairs.order], dim=1)  # b p d
+    order = sorted((int(k), g, j) for g, group in enumerate(groups) for j, k in enumerate(group.index))
+    words = [model.context_embedder(groups[g].text[:, j]) for _, g, j in order]  # b t d
+    patches = [model.x_embedder(groups[g].latents[:, j]) for _, g, j in order]  # b s d
+    tembs = [model.condition(group, guidance) for group in groups]
+    rows = torch.stack([tembs[g][:, j] for _, g, j in order], dim=1)  # b p d
     t, s = [x.shape[1] for x in words], [x.shape[1] for x in patches]
     own_t, own_s = (torch.arange(len(t)).repeat_interleave(torch.tensor(x)).to(rows.device) for x in (t, s))
     owner = torch.cat([own_t, own_s])  # the pair of every token
-    at = torch.cat([torch.zeros(sum(t), 2), *(groups[g].ids.cpu() for g, _ in pairs.order)]).to(rows.device)
-    rope = model.pos_embed(torch.cat([torch.tensor(pairs.index).to(owner)[owner, None], at], dim=1))
+    at = torch.cat([torch.zeros(sum(t), 2), *(groups[g].ids.cpu() for _, g, _ in order)]).to(rows.device)
+    rope = model.pos_embed(torch.cat([torch.tensor([k for k, _, _ in order]).to(owner)[owner, None], at], dim=1))
     double, single, norm_out = cast(Any, (model.transformer_blocks, model.single_transformer_blocks, model.norm_out))
     local, wide = owner[:, None] == owner, (owner[:, None] >= owner) | (not causal)
     y, x = torch.cat(words, dim=1), torch.cat(patches, dim=1)
@@ -110,9 +116,9 @@ def dense_pairs(
     return [*model.proj_out(norm_out.norm(x[:, sum(t) :]) * (1 + scale) + shift).split(s, dim=1)]
 
 
-def most_allocated(run: Callable[[], object]) -> int:
-    """Bytes that are given out at most while something runs, above what was there before."""
-    if torch.cuda.is_available():
+def most_allocated(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that are given out on a device at most while something runs, above what was there before."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

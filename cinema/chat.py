@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -52,7 +54,12 @@ def endpoint_from_environment(needed: tuple[str, ...] = SETTINGS) -> Endpoint:
     """The endpoint that SETTINGS name; UserError tells which of those `needed` is missing."""
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"a server's model is asked by address, key and name; set {missing[0]}")
-    return Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
+    told = Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
+    try:
+        httpx.URL(told.base_url)
+    except httpx.InvalidURL as error:
+        raise UserError(f"{SETTINGS[0]} is no address ({error}); correct it") from None
+    return told
 
 
 def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:
@@ -114,6 +121,15 @@ def _check_json(response: Any) -> None:
         raise httpx.DecodingError("what answers is no JSON") from None
 
 
+def _seconds(wait: str) -> float:
+    """Of a Retry-After, which is a number or a date; none if it is neither."""
+    with contextlib.suppress(ValueError):
+        return float(wait)
+    with contextlib.suppress(ValueError, TypeError):
+        return parsedate_to_datetime(wait).timestamp() - time.time()
+    return 0.0
+
+
 def _refusal(error: openai.APIError) -> Reply:
     """What a model says by refusing a request; else raises ServerError."""
     if error.code in ("content_filter", "content_policy_violation"):
@@ -129,5 +145,5 @@ def _refusal(error: openai.APIError) -> Reply:
         f"{error.request.url.host}: the model cannot be asked, for its server {what}; correct CINEMA_LLM_* or wait, "
         "and run the same command again"
     )
-    told.passes = passes and not (wait.isdigit() and int(wait) > PATIENCE_S)
+    told.passes = passes and _seconds(wait) <= PATIENCE_S
     raise told from None

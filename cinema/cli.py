@@ -52,9 +52,6 @@ Seed = Annotated[int, typer.Option(help="Another seed, another result; the same 
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
-Width = Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)]
-Double = Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)]
-Single = Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)]
 Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
 
 
@@ -257,7 +254,7 @@ def bench_retrieval(
 
 @bench.command("ablate")
 def bench_ablate(
-    name: Annotated[str, typer.Argument(help="retrieval, ratio, group, levels, rope, sigma or mask.")],
+    name: Annotated[str, typer.Argument(help="retrieval, ratio, group, levels, rope, words, sigma or mask.")],
     stories: Annotated[int, typer.Option(help="Films of each seed.", min=2)] = 50,
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 2,
     tune: Annotated[int, typer.Option(help="Steps of training, for rows that differ in it.", min=1)] = 200,
@@ -269,30 +266,27 @@ def bench_ablate(
     _show(_watch("cinema.ablation:ablate", preset, name, stories, range(seeds), out, tune), json)
 
 
-@bench.command("planner")
-def bench_planner(
-    pairs: Pairs = "8,32,48",
-    width: Width = 768,
-    double: Double = 4,
-    single: Single = 8,
-    preset: Preset = None,
-    json: Json = None,
-) -> None:
-    """Compare what the next keyframe costs with GoldenMem and a cache, and with all of the past in every step."""
-    _show(_watch("cinema.bench_planner:bench_planner", preset.keyframes, pairs, width, double, single), json)
+def _bench_model(name: str, numbers: str, text: str) -> None:
+    """A measurement of random transformers: the command `name` calls `cinema.bench_NAME:bench_NAME`."""
+
+    @bench.command(name, help=text)
+    def measure(
+        pairs: Pairs = numbers,
+        width: Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)] = 768,
+        double: Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)] = 4,
+        single: Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)] = 8,
+        preset: Preset = None,
+        json: Json = None,
+    ) -> None:
+        _show(_watch(f"cinema.bench_{name}:bench_{name}", preset.keyframes, pairs, width, double, single), json)
 
 
-@bench.command("training")
-def bench_training(
-    pairs: Pairs = "8,16,32",
-    width: Width = 768,
-    double: Double = 4,
-    single: Single = 8,
-    preset: Preset = None,
-    json: Json = None,
-) -> None:
-    """Compare a step of training by folds, with and without GoldenMem, with one long sequence under dense masks."""
-    _show(_watch("cinema.bench_training:bench_training", preset.keyframes, pairs, width, double, single), json)
+_bench_model(
+    "planner", "8,32,48", "Compare what the next keyframe costs with GoldenMem and a cache, and without either."
+)
+_bench_model(
+    "training", "8,16,32", "Compare a step of training by folds, with GoldenMem and without, and by dense masks."
+)
 
 
 @app.command()

@@ -309,7 +309,8 @@ class KeyframePlanner:
         groups, index = self._context(memory, layout, generator), [len(memory) + p for p in range(len(captions))]
         encode, forward = self.transformer.encode_context, self.transformer.forward_pairs
         cache = encode(groups, causal=causal, guidance=distilled) if groups else None
-        texts = [self.text(line) for line in captions] + [self.text("")] * (scale > 1) * len(captions)
+        texts = [self.text(line) for line in captions + [""] * (scale > 1)]
+        texts += texts[-1:] * (len(captions) - 1) if scale > 1 else []
 
         @torch.no_grad()
         def velocity(x: Float[Tensor, "p s c"], sigma: float) -> Float[Tensor, "p s c"]:

@@ -86,8 +86,8 @@ def plan_storyboard(
 ) -> Storyboard:
     """Plan a story's keyframes into a folder: pictures, `story.yaml` that names them, a contact sheet, a manifest.
 
-    If the story was `edited` since, what does not depend on the edit is kept: of what it was drawn, and from what, is
-    in every picture's file. Pictures that were put there by hand stay. UserError as for `make_movie`.
+    If the story or a picture was `edited` since, what does not depend on the edit is kept: of what it was drawn, and
+    from what, is in every picture's file. Pictures that were put there by hand stay. UserError as for `make_movie`.
     """
     rename(story, preset.tags)  # fails early where the cast is too large
     paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
@@ -99,10 +99,8 @@ def plan_storyboard(
         return image if image and _told(image).get("recipe", recipe) == recipe else None
 
     places = [script, out_dir / "keyframes", board.picture, board.manifest]
-    with _work(out_dir / "plan.job.json", facts, places, "story" if edited else "") as same:
-        if not same:
-            board.manifest.unlink(missing_ok=True)  # it says that all is done
-        if not board.manifest.is_file() or not all(map(_read, paths)):
+    with _work(out_dir / "plan.job.json", facts, places, "story" if edited else ""):
+        if edited or not board.manifest.is_file() or not all(map(_read, paths)):
             planner = KeyframePlanner.from_preset(preset, _device())
             for keyframe in planner.iterate(story, seed, on_progress, None, keep):
                 if not keep(keyframe.index, keyframe.recipe):
@@ -203,12 +201,13 @@ def _check(story: Story, out: Path, preset: Preset) -> list[int]:
 
 
 @contextmanager
-def _work(job: Path, facts: dict[str, Any], places: list[Path], free: str = "") -> Iterator[bool]:
-    """Work in a folder, begun or gone on with; gives whether all of its facts are the same as before.
+def _work(job: Path, facts: dict[str, Any], places: list[Path], free: str = "") -> Iterator[None]:
+    """Work in a folder, begun or gone on with.
 
-    The fact that is `free` may have changed. UserError if files in those places are of other work, or the disk refuses.
+    The fact that is `free` may have changed; then the last of the places, which says that all is done, goes first.
+    UserError if files in those places are of other work, or the disk refuses.
     """
-    held: dict[str, Any] = {}
+    held, facts = dict[str, Any](), json.loads(json.dumps(facts))
     with suppress(OSError, ValueError, TypeError):
         held = dict(json.loads(job.read_text(encoding="utf-8")))
     other = [name for name in facts if held.get(name) != facts[name]]
@@ -218,10 +217,12 @@ def _work(job: Path, facts: dict[str, Any], places: list[Path], free: str = "") 
         why = why if job.exists() else f"already has {taken[0]}, not of this work"
         raise UserError(f"{job.parent} {why}; choose another folder or remove it")
     try:
+        if other:
+            places[-1].unlink(missing_ok=True)
         write_json(job, facts)
         for place in (job.parent, *places):
             sweep(place)
-        yield not other
+        yield
     except OSError as error:
         cure = "make room and run it again" if error.errno == errno.ENOSPC else "choose another place"
         where = error.filename or job.parent

@@ -220,11 +220,12 @@ class Random(Recency):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self._rng = random.Random(seed)
+        self._seed = seed
 
     def rank(self, query: Moment, k: int) -> list[int]:
-        """See `Retriever`."""
-        return self._rng.sample(range(len(self.shots)), min(k, len(self.shots)))
+        """See `Retriever`; the same number of frames gives the same choice."""
+        rng = random.Random(f"{self._seed}/{len(self.shots)}")
+        return rng.sample(range(len(self.shots)), min(k, len(self.shots)))
 
 
 class Oracle(Recency):

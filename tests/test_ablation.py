@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ def test_every_row_is_a_memory_that_plans(monkeypatch: pytest.MonkeyPatch) -> No
     """Settings of all rows load and lay out the whole film, and within an ablation no two are equal."""
     monkeypatch.setattr(cinema.ablation, "learn_ratio", lambda preset: (1.6, 1.5, 1.5))
     for rows in ABLATIONS.values():
-        plans = [{k: v for k, v in changes.items() if k != "trained"} for changes in rows.values()]
+        plans = [{k: v for k, v in changes.items() if k not in ("trained", "untold")} for changes in rows.values()]
         chosen = [cinema.ablation._changed(TOY, changes).keyframes for changes in plans]
         assert len(set(map(str, rows.values()))) == len(rows) > 1
         for own in chosen:
@@ -36,14 +37,37 @@ def test_rows_are_judged_compared_and_kept(tmp_path: Path, monkeypatch: pytest.M
     told = ablate(QUICK, "levels", stories=2, seeds=(0, 1), out=tmp_path)
     assert list(told["rows"]) == ["4", "1"] and told["seeds"] == [0, 1]
     first, second = told["rows"].values()
-    assert first["gain ci95"] == [0, 0] and first["sides"] == [8, 5, 3, 2] and second["sides"] == [8]
+    assert first["sides"] == [8, 5, 3, 2] and second["sides"] == [8]
     assert first["tokens"] == 3 * 128 + 4 * (50 + 18 + 8) and second["tokens"] == 3 * 128
-    assert first["identity"] == pytest.approx(sum(first["by seed"]) / 2, abs=0.5)
-    assert len(list(tmp_path.iterdir())) == 4
+    files = [json.loads((tmp_path / f"levels-1-{seed}.json").read_text())["result"] for seed in (0, 1)]
+    for figure in ("identity", "psnr"):
+        films = [np.concatenate(file[figure]) for file in files]
+        assert second[figure]["by seed"] == [pytest.approx(np.mean(own)) for own in films]
+        assert second[figure]["mean"] == pytest.approx(np.mean(np.concatenate(films)))
+        assert first[figure]["gain ci95"] == [0, 0]
+        low, high = second[figure]["ci95"]
+        assert low <= second[figure]["mean"] <= high
+    assert second["psnr"]["gain ci95"] != [0, 0] and len(list(tmp_path.iterdir())) == 4
     monkeypatch.setattr(KeyframePlanner, "plan", lambda *_: pytest.fail("a row was done twice"))
     assert ablate(QUICK, "levels", stories=2, seeds=(0, 1), out=tmp_path) == told
     with pytest.raises(pytest.fail.Exception, match="done twice"):  # of other settings nothing is kept
         ablate(replace(QUICK, keyframes=replace(QUICK.keyframes, steps=3)), "levels", 2, (0, 1), tmp_path)
+
+
+def test_captions_tell_no_looks_where_they_are_untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: dict[str, list[str]] = {}
+    real = KeyframePlanner.plan
+
+    def plan(self, story, seed, tell, known):
+        heard[name] = [shot.caption for shot in story.shots]
+        return real(self, story, seed, tell, known)
+
+    monkeypatch.setattr(KeyframePlanner, "plan", plan)
+    for name in ("looks told", "looks untold"):
+        cinema.ablation._judge(QUICK, ABLATIONS["words"][name], 1, 0, 1, quiet)
+    told, untold = heard.values()
+    assert sum(": " in line for line in told) > 3 and not any(": " in line for line in untold)
+    assert [line.split(":")[0].split(".")[0] for line in told] == [line.split(".")[0] for line in untold]
 
 
 def test_a_learned_ratio_costs_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +88,7 @@ def test_a_learned_ratio_costs_no_more_than_it_may(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_error_of_a_ratio_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the whole film in memory the next keyframe is told better than with the newest three alone."""
+    """The next keyframe is told better by what is remembered than by noise in its place."""
     plain = replace(TOY, keyframes=replace(TOY.keyframes, guidance=1.0, memory_levels=4))
     blind = replace(plain, keyframes=replace(plain.keyframes, context_sigma=1.0))
     assert cinema.ablation._error(plain, 3, 0) < cinema.ablation._error(blind, 3, 0)
@@ -85,11 +109,11 @@ def test_weights_are_trained_on_with_another_mask_and_kept(tmp_path: Path, monke
 
 
 def test_the_command_tells_identity_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    judged = {"judged": [[True], [False]], "sides": [8], "tokens": 384}
+    judged = {"identity": [[True], [False]], "psnr": [[20.0], [22.0]], "sides": [8], "tokens": 384}
     monkeypatch.setattr(cinema.ablation, "_judge", lambda *_: judged)
     file = tmp_path / "f.json"
     assert main(["bench", "ablate", "rope", "--stories", "2", "--seeds", "1", "--json", str(file)]) == 0
-    assert json.loads(file.read_text())["rows"]["raw"]["identity"] == 0.5
+    assert json.loads(file.read_text())["rows"]["raw"]["identity"]["mean"] == 0.5
     assert "same extent" in capsys.readouterr().out
 
 

@@ -118,6 +118,18 @@ def test_every_page_of_the_book_exists_and_every_file_is_in_the_book() -> None:
     assert written == set(sources())
 
 
+def test_the_landing_page_says_which_chapters_are_written() -> None:
+    written = sorted(int(p.name[:2]) for p in (ROOT / "book" / "chapters").glob("*.md"))
+    told = re.search(r"of its fifteen chapters, ([\d, and]+)\sare\swritten", (ROOT / "book" / "intro.md").read_text())
+    assert told and [int(number) for number in re.findall(r"\d+", told[1])] == written
+
+
+def test_labels_are_given_once() -> None:
+    text = "\n".join(p.read_text() for p in sources() if p.suffix == ".md")
+    labels = re.findall(r"^:(?:label|name): (\S+)$", text, re.M)
+    assert len(labels) == len(set(labels)) > 20
+
+
 def test_api_page_lists_every_module() -> None:
     listed = re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text())
     paths = (p.relative_to(ROOT) for p in (ROOT / "cinema").rglob("*.py") if p.read_text().strip())

@@ -22,6 +22,7 @@ from cinema.goldenmem import Layout, coordinates, tokens
 from cinema.training.loop import HalfPrecision
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
+CPU = torch.device("cpu")
 FIG_4 = {4: 5512, 8: 7824, 12: 8984, 16: 9696, 20: 10280, 24: 10824}  # pairs: tokens printed in the paper
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 WORKS = [
@@ -112,13 +113,15 @@ def test_peak_memory_is_what_the_allocator_gives(work: Work, width: int, sides: 
         parameter.grad = torch.zeros_like(parameter)
     held = [*transformer.parameters(), *(p.detach().clone() for p in trained)]  # and their average
     if work.train == "no":
-        measured = most_allocated(torch.no_grad()(lambda: transformer.forward_pairs(groups, work.causal, None, 3.5)))
+        measured = most_allocated(
+            torch.no_grad()(lambda: transformer.forward_pairs(groups, work.causal, None, 3.5)), CPU
+        )
     else:
         optimizer, learner = torch.optim.AdamW(trained, fused=True), HalfPrecision(Learner(transformer))
         optimizer.step()  # its moments are there from now on
         optimizer.zero_grad()
         held += [x for state in optimizer.state.values() for x in state.values()]
-        measured = most_allocated(lambda: (error_of(learner(groups, work.causal)).backward(), optimizer.step()))
+        measured = most_allocated(lambda: (error_of(learner(groups, work.causal)).backward(), optimizer.step()), CPU)
     measured += sum(x.nbytes for x in held)
     assert peak_bytes(transformer.config, sides, text, work) == pytest.approx(measured, rel=0.1)
 

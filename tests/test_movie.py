@@ -279,3 +279,20 @@ def test_an_edit_that_was_stopped_is_gone_on_with(preset: Preset, tmp_path: Path
         plan_storyboard(edited, tmp_path / "board", preset, 5, stop, edited=True)
     again, fresh = (plan_storyboard(edited, tmp_path / name, preset, seed=5) for name in ("board", "fresh"))
     assert [p.read_bytes() for p in again.keyframes] == [p.read_bytes() for p in fresh.keyframes]
+    assert again.manifest.is_file()
+
+
+def test_after_a_picture_by_hand_what_follows_is_planned_again(preset: Preset, tmp_path: Path) -> None:
+    board = plan_storyboard(story(), tmp_path / "board", preset, seed=5)
+    before = [path.read_bytes() for path in board.keyframes]
+    Image.new("RGB", (300, 150), "red").save(board.keyframes[1])
+    mine = board.keyframes[1].read_bytes()
+    plan_storyboard(story(), tmp_path / "board", preset, seed=5, edited=True)
+    after = [path.read_bytes() for path in board.keyframes]
+    assert after[0] == before[0] and after[1] == mine and after[2] != before[2]
+
+
+def test_a_board_of_ratios_one_by_one_is_gone_on_with(preset: Preset, tmp_path: Path) -> None:
+    graded = preset.remembering(memory_ratio=(2.0,))
+    boards = [plan_storyboard(story(), tmp_path / "board", graded, seed=5) for _ in range(2)]
+    assert boards[0].manifest.read_bytes() == boards[1].manifest.read_bytes()

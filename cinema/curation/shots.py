@@ -126,7 +126,8 @@ def scene_cuts(kind: Callable[..., SceneDetector], film: Film, box: Box, frames:
         small = frame.image.reformat(**size, format="bgr24", interpolation="AREA").to_ndarray()
         seen = np.ascontiguousarray(small[top : max(bottom, top + 1), left : max(right, left + 1)])
         now = FrameTimecode(Timecode(pts=frame.pts, time_base=film.time_base), fps=film.rate)
-        yield from ((dict(recent)[cut.pts], "cut") for cut in judge.process_frame(now, seen))
+        cuts = {cut.pts for cut in judge.process_frame(now, seen)}
+        yield from ((index, "cut") for pts, index in recent if pts in cuts)
 
 
 @dataclass(frozen=True)
