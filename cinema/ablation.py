@@ -20,7 +20,7 @@ from PIL import Image
 
 from cinema.config import PHI, KeyframeSettings, Preset
 from cinema.errors import UserError
-from cinema.evaluation import bootstrap, psnr, score_keyframes
+from cinema.evaluation import Rows, bootstrap, psnr, score_keyframes, share
 from cinema.files import write_json
 from cinema.flow import velocity
 from cinema.goldenmem import PATCH, Layout, levels, tokens
@@ -97,13 +97,13 @@ def ablate(
             parts[label].append(_kept(path, chosen, changes, stories, seed, shots, tell))
     table: dict[str, dict[str, Any]] = {label: {} for label in parts}
     for figure in ("identity", "psnr"):
-        first: list[list[float]] = []
+        first: Rows = []
         for label, row in table.items():
             by_seed = [part[figure] for part in parts[label]]
             films = [film for part in by_seed for film in part]
             first = first or films
-            row[figure] = {"mean": _mean(films), "ci95": bootstrap(films), "gain ci95": bootstrap(films, first)}
-            row[figure]["by seed"] = [_mean(part) for part in by_seed]
+            row[figure] = {"mean": share(films), "ci95": bootstrap(films), "gain ci95": bootstrap(films, first)}
+            row[figure]["by seed"] = [share(part) for part in by_seed]
             row |= {fact: parts[label][0][fact] for fact in ("sides", "tokens")}
     return {"ablation": name, "preset": preset.name, "stories": stories, "seeds": [*seeds], "rows": table}
 
@@ -213,8 +213,3 @@ def _return(seed: str, shots: int, settings: KeyframeSettings) -> tuple[Movie, d
     back = len(movie.shots) - SHOTS
     known = {i: render(movie, shot, settings.height) for i, shot in enumerate(movie.shots[:back])}
     return replace(movie, shots=movie.shots[: back + shots]), known
-
-
-def _mean(films: Sequence[Sequence[float]]) -> float:
-    judged = [right for film in films for right in film]
-    return sum(judged) / len(judged)

@@ -120,8 +120,8 @@ def evaluate_stories(
     for name, films in (("last_identity", drawn), ("wrong_context_identity", mixed)):
         rows[name] = [_score(story, images[-1:]).identity for story, images in zip(told, films, strict=False)]
     figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
-    figures |= {name: _share(own) for name, own in rows.items()}
-    figures["by_attribute"] = {name: _share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
+    figures |= {name: share(own) for name, own in rows.items()}
+    figures["by_attribute"] = {name: share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
     figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
     return figures | {"counts": {name: sum(map(len, own)) for name, own in rows.items()}}
 
@@ -139,7 +139,8 @@ def _score(story: Story, images: Sequence[Image.Image]) -> Scores:
     return score_keyframes([shot.caption for shot in story.shots], [*unseen, *images])
 
 
-def _share(rows: Rows) -> float | None:
+def share(rows: Rows) -> float | None:
+    """The mean of all judgements; None if nothing was judged."""
     return sum(map(sum, rows)) / number if (number := sum(map(len, rows))) else None
 
 
