@@ -267,7 +267,7 @@ def bench_ablate(
 
 
 def _bench_model(name: str, numbers: str, text: str) -> None:
-    """A measurement of random transformers: the command `name` calls `cinema.bench_NAME:bench_NAME`."""
+    """A measurement of random transformers: the command `name` calls `cinema.bench_planner:bench_NAME`."""
 
     @bench.command(name, help=text)
     def measure(
@@ -278,7 +278,7 @@ def _bench_model(name: str, numbers: str, text: str) -> None:
         preset: Preset = None,
         json: Json = None,
     ) -> None:
-        _show(_watch(f"cinema.bench_{name}:bench_{name}", preset.keyframes, pairs, width, double, single), json)
+        _show(_watch(f"cinema.bench_planner:bench_{name}", preset.keyframes, pairs, width, double, single), json)
 
 
 _bench_model(

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cinema.bench_planner import random_flux, random_pairs
-from cinema.bench_training import bench_training, dense_pairs, most_allocated
+from cinema.bench_planner import bench_training, dense_pairs, most_allocated, random_flux, random_pairs
 from cinema.cli import main
 from cinema.config import TOY
 from cinema.goldenmem import Layout

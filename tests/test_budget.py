@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cinema import masking
-from cinema.bench_training import most_allocated
+from cinema.bench_planner import most_allocated
 from cinema.budget import FLUX_1_DEV, Work, flops, parameters, peak_bytes, table, transformer_config
 from cinema.cli import main
 from cinema.config import FLUX, PHI, PRESETS, SMALL, TOY

@@ -1,12 +1,13 @@
 import re
-import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from servers import endpoints
 
 import cinema.chat
 from cinema.chat import (
@@ -26,34 +27,10 @@ ODD += ["[]", '{"choices": []}', '{"choices": [{"message": {}}]}', '{"choices": 
 
 
 @pytest.fixture
-def serve():
+def serve() -> Iterator[Callable[[str], tuple[Endpoint, list[Any]]]]:
     """serve(body) starts a server that answers this, and tells its endpoint and the list of what it was asked."""
-    running = list[tuple[HTTPServer, threading.Thread]]()
-
-    def start(body: str) -> tuple[Endpoint, list[str]]:
-        asked = list[str]()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        running.append((server, threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})))
-        running[-1][1].start()
-        return Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "k", "m"), asked
-
-    yield start
-    for server, thread in running:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with endpoints() as start:
+        yield lambda body: start(lambda _: body)
 
 
 def number(reply: Reply) -> int:

@@ -7,7 +7,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
-from cinema.bench_training import dense_pairs
+from cinema.bench_planner import dense_pairs
 from cinema.training.loop import HalfPrecision
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 

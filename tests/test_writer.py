@@ -1,14 +1,13 @@
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import endpoints
 
 from cinema.errors import UserError
 from cinema.story import MAX_SHOTS, Shot, Story, load_story
@@ -241,36 +240,13 @@ def test_caption_faults_finds_each_kind():
 def serve(monkeypatch) -> Iterator[Callable[..., tuple[Endpoint, list[dict]]]]:
     """serve(answer, ...) starts an endpoint that gives these answers in turn, and collects what it was asked."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers = []
 
-    def start(*answers: str, status: int = 200) -> tuple[Endpoint, list[dict]]:
-        asked: list[dict] = []
+    def body(content: str) -> str:
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                message = {"role": "assistant", "content": answers[min(len(asked), len(answers)) - 1]}
-                body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                        "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(json.dumps(body).encode())
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        return Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "key", "m"), asked
-
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with endpoints() as start:
+        yield lambda *told, status=200: start(lambda count: body(told[min(count, len(told)) - 1]), status)
 
 
 def as_json(story: Story) -> str:
