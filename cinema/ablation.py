@@ -136,13 +136,11 @@ def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
 
 def _tuned(preset: Preset, changes: dict[str, Any], steps: int, seed: int, out: Path, tell: Progress) -> str:
     """Folder of the preset's weights after so many more steps with these settings of the memory."""
-    base = Path(preset.keyframes.weights)
-    parts = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
-    options: dict[str, Any] = {part: str(base / folder) for part, folder in parts.items()}
-    options |= {"cache": str(out / "cache"), "movies": MOVIES, "shift": 3.0, "memory": changes}
+    base = preset.keyframes.weights
+    options = {"preset": preset.name, "cache": str(out / "cache"), "movies": MOVIES, "shift": 3.0, "memory": changes}
     told: dict[str, Any] = {"options": options, "stages": [Stage(steps=steps, batch=4, pairs=12, group=4)]}
-    config = TrainConfig(task="keyframes", seed=seed, init=str(base), lr=2e-4, muon_lr=3e-3, warmup=20, **told)
-    recipe = weights_identity(str(base)) + config.model_dump_json(exclude={"init": True, "options": {*parts, "cache"}})
+    config = TrainConfig(task="keyframes", seed=seed, init=base, lr=2e-4, muon_lr=3e-3, warmup=20, **told)
+    recipe = weights_identity(base) + config.model_dump_json(exclude={"init": True, "options": {"cache"}})
     folder = out / f"trained-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
     if not (folder / "weights" / "model_index.json").is_file():
         run_training(config, make_task(config.task, seed, config.init, options), folder, True, tell)
@@ -171,9 +169,7 @@ def _judge(
         movie, known = _return(f"heldout/{seed}/{i}", shots, chosen.keyframes)
         story, captions = movie.story(), movie.captions()
         if UNTOLD in changes:
-            bare = replace(movie, shots=movie.shots * 2).captions()[
-                len(captions) :
-            ]  # who has appeared is not described
+            bare = movie.captions(known=movie.cast)
             story.shots = [s.model_copy(update={"caption": c}) for s, c in zip(story.shots, bare, strict=True)]
         planned = planner.plan(story, 10_000 * seed + i, None, known)
         images = [None if k.index in known else k.image for k in planned]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,8 +27,8 @@ from cinema.training.autoencoder import (
     whiten,
 )
 from cinema.training.config import Stage, TrainConfig, load_config
-from cinema.training.loop import HalfPrecision, latest_checkpoint, run_training
-from cinema.training.stories import fingerprint, sample_shots
+from cinema.training.loop import At, HalfPrecision, latest_checkpoint, run_training
+from cinema.training.stories import fingerprint
 from cinema.training.text import (
     T5Task,
     clause_targets,
@@ -127,8 +126,33 @@ def test_a_loss_that_is_not_a_number_names_the_step(tmp_path: Path) -> None:
             loss, figures = super().loss(model, stage, step)
             return loss * (float("nan") if step == 4 else 1.0), figures
 
-    with pytest.raises(UserError, match=r"step 4 is nan.*checkpoint-0000003"):
+    with pytest.raises(UserError, match=r"step 4 is nan \(samples 4 to 5\).*checkpoint-0000003"):
         run_training(settings(), Broken(seed=0, init=None, **TINY), tmp_path, resume=False)
+
+
+def test_a_loss_that_explodes_stops_the_run_before_its_step_is_taken(tmp_path: Path) -> None:
+    class Exploding(AutoencoderTask):
+        def loss(self, model, stage, step):
+            loss, figures = super().loss(model, stage, step)
+            return loss * (1e4 if step == 4 else 1.0), figures
+
+    with pytest.raises(UserError, match=r"the loss at step 4 is \d"):
+        run_training(settings(), Exploding(seed=0, init=None, **TINY), tmp_path, resume=False)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-0000003.safetensors"
+
+
+def test_a_task_that_cannot_split_its_batches_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="AutoencoderTask trains in one process and without `accumulate`"):
+        run_training(settings(accumulate=2, stages=[{"steps": 1, "batch": 2}]), tiny_task(), tmp_path, resume=False)
+    with pytest.raises(UserError, match="a batch of 3 cannot be split evenly among 1 processes and 2 passes"):
+        run_training(settings(accumulate=2, stages=[{"steps": 1, "batch": 3}]), tiny_task(), tmp_path, resume=False)
+
+
+def test_the_place_in_the_data_counts_the_samples_of_every_stage() -> None:
+    config = settings(stages=[{"steps": 3, "batch": 1}, {"steps": 2, "batch": 4}])
+    assert [config.position(step) for step in range(6)] == [0, 1, 2, 3, 7, 11]
+    at = At(3, 3, 4, part=1, parts=2)
+    assert [*at.all] == [3, 4, 5, 6] and [*at.own] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -288,23 +312,10 @@ def test_tokenizers_know_the_shot_list_and_spell_the_rest() -> None:
     assert len(set(vocabulary())) == len(vocabulary())
 
 
-def test_windows_are_ordered_and_inside_the_film() -> None:
-    import random
-
-    seen = set()
-    for seed in range(300):
-        shots = sample_shots(random.Random(seed), 12, 8)
-        assert len(shots) == 8 and shots == sorted(set(shots)) and shots[0] >= 0 and shots[-1] < 12
-        seen.add(tuple(shots))
-    assert len(seen) > 50  # strided windows: far more than the 5 consecutive ones
-
-
 def test_a_missing_part_is_one_sentence(tmp_path: Path) -> None:
     options = {"vae": str(tmp_path / "vae"), "clip": str(tmp_path), "t5": str(tmp_path), "cache": "x"}
     with pytest.raises(UserError, match=r"keyframes: vae: path does not .*vae.*train that part first"):
         make_task("keyframes", 0, None, options)
-    with pytest.raises(UserError, match="12 pairs, but the films have 8 shots"):
-        sample_shots(random.Random(0), 8, 12)
 
 
 def test_a_log_that_was_cut_in_half_does_not_stop_a_run(tmp_path: Path) -> None:
@@ -318,7 +329,7 @@ def test_a_log_that_was_cut_in_half_does_not_stop_a_run(tmp_path: Path) -> None:
 
 def test_a_cache_belongs_to_its_encoder() -> None:
     one, other = (tiny_task().model.vae for _ in range(2))
-    assert fingerprint(one, 8) == fingerprint(other, 8) != fingerprint(one, 5)
+    assert fingerprint([one], 8) == fingerprint([other], 8) != fingerprint([one], 5)
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
-    assert fingerprint(one, 8) != fingerprint(other, 8)
+    assert fingerprint([one], 8) != fingerprint([other], 8)

@@ -70,14 +70,14 @@ def test_motion_and_the_first_frame_weigh_more() -> None:
 def test_clips_are_encoded_once_and_the_shards_are_kept(
     task: VideoTask, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    movie, settings, vae = task.movie(1), task.settings, task.animator.vae
+    movie, settings, vae = task.toys.movie(1), task.settings, task.animator.vae
     clip = training_video.clip_frames(movie, movie.shots[2], settings.height, settings.frames)[None]
     own = encode_clips(vae, clip)[0].to(torch.bfloat16)
-    assert torch.equal(task.clips[1]["clips"][2], own)
+    assert torch.equal(task.clips.read(1, "clips")[0][2], own)
     assert psnr(decode_clips(vae, own[None].float(), (8, 16)), clip) > 0
     monkeypatch.setattr(training_video, "encode_clips", lambda *_: pytest.fail("these clips are encoded already"))
-    (again,) = VideoTask(0, None, **folders, movies=1, shots=3, shape=LTX).clips
-    assert torch.equal(again["clips"], task.clips[0]["clips"])
+    again = VideoTask(0, None, **folders, movies=1, shots=3, shape=LTX).clips
+    assert torch.equal(again.read(0, "clips")[0], task.clips.read(0, "clips")[0])
 
 
 def test_given_first_frames_are_nearly_clean_and_do_not_learn(task: VideoTask) -> None:

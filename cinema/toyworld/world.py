@@ -100,9 +100,9 @@ class Movie:
     sets: dict[str, SetDesign]
     shots: list[Setup]
 
-    def captions(self) -> list[str]:
-        """One caption a shot; a look is described where its character appears first."""
-        lines, seen = list[str](), set[str]()
+    def captions(self, known: Iterable[str] = ()) -> list[str]:
+        """One caption a shot; a look is described where its character appears first, unless it is `known` before."""
+        lines, seen = list[str](), set(known)
         for shot in self.shots:
             words = [f"{shot.size} shot, {shot.place}."]
             for a in shot.actors:

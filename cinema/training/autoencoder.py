@@ -57,7 +57,7 @@ class AutoencoderTask(Task):
         """
         return AutoencoderLearner(self.load(AutoencoderKL, "keyframes/vae"), new=not self.init)
 
-    def batch(self, step: int, count: int) -> Float[Tensor, "n 3 *size"]:
+    def drawn(self, step: int, count: int) -> Float[Tensor, "n 3 *size"]:
         """What is to be reconstructed at this step."""
         return frames_of_step(self.seed, step, count, self.height)
 
@@ -70,7 +70,7 @@ class AutoencoderTask(Task):
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Error of reconstructing this step's batch from a sample of its latents."""
-        frames = self.batch(step, stage.batch).to(self.device)
+        frames = self.drawn(step, stage.batch).to(self.device)
         decoded, kl = model(frames, torch.Generator(self.device).manual_seed(step))
         error, figures = self.error(decoded, frames)
         return error + self.kl * kl, figures | {"kl": kl.item()}
@@ -85,7 +85,7 @@ class AutoencoderTask(Task):
 
     def normalise(self, vae: Any) -> None:
         """Whiten the latents and measure their shift and scale, on fresh frames."""
-        frames = self.batch(10**7, 64)
+        frames = self.drawn(10**7, 64)
         whiten(vae, frames)
         latents = vae.encode(frames).latent_dist.mode()
         shift, scale = latents.mean().item(), 1 / latents.std().item()
@@ -94,7 +94,7 @@ class AutoencoderTask(Task):
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
         """Fresh frames above their reconstructions."""
-        frames = self.batch(10**7 + 100, 3).to(self.device)
+        frames = self.drawn(10**7 + 100, 3).to(self.device)
         decoded = self.model.vae.decode(self.model.vae.encode(frames).latent_dist.mode()).sample
         moments = rearrange([frames, decoded], "two n c ... h w -> two n c (...) h w")
         shown = moments[:, :, :, [0, moments.shape[3] // 2, -1][: moments.shape[3]]]

@@ -21,6 +21,9 @@ class Stage(BaseModel, extra="forbid", allow_inf_nan=False):
     pairs: PositiveInt = 1  #: keyframe-text pairs in a story, or shots in a window
     group: PositiveInt | None = None  #: pairs per GoldenMem level; without it all pairs are full-size
     lr: PositiveFloat = 1.0  #: factor on the run's learning rates
+    mask: Literal["causal", "full"] | None = None  #: who sees whom; the preset's if not given
+    shift: PositiveFloat | None = None  #: time shift of the noise, the task's if not given
+    shared_noise: bool = False  #: one noise level for a whole window, as in a stock model; else each pair has its own
 
 
 class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -30,6 +33,8 @@ class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
     seed: int = Field(default=0, ge=0, lt=2**63)
     stages: list[Stage] = Field(min_length=1)
     options: dict[str, Any] = {}  #: the task's own settings, its fields
+    accumulate: PositiveInt = 1  #: passes that a process makes for one step
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  #: with moments in float32, or in 8 bits
     lr: PositiveFloat = 8e-4  #: AdamW's
     muon_lr: PositiveFloat | None = None  #: where it is given, Muon takes the blocks' matrices
     betas: tuple[float, float] = (0.9, 0.99)
@@ -43,6 +48,7 @@ class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
     log_every: PositiveInt = 20
     save_every: PositiveInt = 500
     sample_every: PositiveInt = 1000
+    tracker: Literal["tensorboard", "wandb"] = "tensorboard"  #: besides log.jsonl
     keep: PositiveInt = 2  #: checkpoints
     init: str | None = None  #: folder of weights to start from
 
@@ -55,6 +61,12 @@ class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
         """The stage that this step (from 0) belongs to; the last one after the end."""
         ends = [*accumulate(stage.steps for stage in self.stages)]
         return self.stages[min(bisect(ends, step), len(ends) - 1)]
+
+    def position(self, step: int) -> int:
+        """Samples of all steps before this one."""
+        ends = [0, *accumulate(stage.steps for stage in self.stages)]
+        spans = zip(self.stages, ends[:-1], ends[1:], strict=True)
+        return sum(stage.batch * (min(step, end) - start) for stage, start, end in spans if step > start)
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates at this step: warm-up, plateau, cosine decay, times the stage's own."""

@@ -6,6 +6,8 @@ remembered. Some full-size pairs are nearly clean as well, as context is at infe
 
 import copy
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +15,31 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from einops import rearrange
-from jaxtyping import BFloat16, Bool, Float
+from diffusers.training_utils import cast_training_params
+from jaxtyping import Bool, Float
+from peft import LoraConfig, get_peft_model_state_dict
 from pydantic import DirectoryPath, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedTokenizerFast, T5EncoderModel
+from transformers import AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from cinema.config import TOY, KeyframeSettings
+from cinema.config import KeyframeSettings, preset
+from cinema.errors import UserError
 from cinema.flow import add_noise, sample_sigma, velocity
-from cinema.goldenmem import PATCH, Layout, coordinates, shrink
-from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames
+from cinema.goldenmem import PATCH, Layout, coordinates, levels, shrink
+from cinema.interleave import Window, Windows
+from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames, load_parts, seeded
 from cinema.toyworld.draw import render
-from cinema.toyworld.world import Movie, sample_movie
+from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
 from cinema.training.config import Stage
-from cinema.training.stories import StoryTask, sample_shots, save_pipeline
-from cinema.training.text import clip_text_tower, make_tokenizer, reading_error, tokenize
+from cinema.training.loop import At
+from cinema.training.stories import Cache, FilmTask, save_pipeline
+from cinema.training.text import clip_text_tower, make_tokenizer, reading_error
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+ADAPTED = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # what adapters are added to, as the budget says
 
 
 class KeyframeLearner(nn.Module):
@@ -39,8 +48,10 @@ class KeyframeLearner(nn.Module):
 
     def __init__(self, transformer: InterleavedFluxTransformer, words: int, settings: KeyframeSettings) -> None:
         super().__init__()
-        self.transformer, self.causal, self.extent = transformer, settings.mask == "causal", settings.memory_extent
-        self.recalls = nn.Linear(transformer.inner_dim, words)
+        self.transformer, self.settings = transformer, settings
+        if words:
+            self.recalls = nn.Linear(transformer.inner_dim, words)
+            nn.init.zeros_(self.recalls.weight)  # it learns to read first, and then what it reads
 
     def forward(
         self,
@@ -49,77 +60,156 @@ class KeyframeLearner(nn.Module):
         pooled: Float[Tensor, "b pairs f"],
         sigma: Float[Tensor, "b pairs"],
         layout: Layout,
-    ) -> tuple[Float[Tensor, "b _p _s c"], Float[Tensor, "b pairs t v"]]:
+        causal: bool = True,
+    ) -> tuple[Float[Tensor, "b _p _s c"], Float[Tensor, "b pairs t v"] | None]:
         """Velocities at the finest level of the layout, and logits of every word's look; `latents` go by level."""
         dtype, groups = self.transformer.proj_out.weight.dtype, []
         for noised, (side, pairs) in zip(latents, layout.by_level(), strict=True):
-            ids, index = coordinates(side, layout.sides[-1], self.extent).to(noised.device), torch.tensor(pairs)
+            ids, index = (
+                coordinates(side, layout.sides[-1], self.settings.memory_extent).to(noised.device),
+                torch.tensor(pairs),
+            )
             words = text[:, pairs].to(dtype), pooled[:, pairs].to(dtype)
             groups.append(PairGroup(noised.to(dtype), *words, sigma[:, pairs], ids, index))
         blocks, kept = self.transformer.single_transformer_blocks, []
         with blocks[len(blocks) // 2 - 1].register_forward_hook(lambda _block, _told, out: kept.append(out[0])):
-            velocities = self.transformer.forward_pairs(groups, self.causal)
+            velocities = self.transformer.forward_pairs(groups, causal, guidance=self.settings.distilled_guidance)
+        if not hasattr(self, "recalls"):
+            return velocities[0].float(), None
         lengths = [text.shape[2] + 2 * side**2 for side in layout.sides]
         looks = torch.stack([pair[:, : text.shape[2]] for pair in kept[0].split(lengths, dim=1)], dim=1)  # text first
         return velocities[0].float(), self.recalls(looks).float()
 
 
-@dataclass(kw_only=True)
-class KeyframeTask(StoryTask):
-    """Keyframe planning on toy stories."""
+@plain_dataclass
+class Batch:
+    """A part of a step's batch; `b` are its windows, `p` their pairs, and what is by level goes from fine to coarse."""
 
-    clip: DirectoryPath  #: a trained CLIP, or its text half, which stays as it is
-    t5: DirectoryPath  #: a trained T5, likewise
+    latents: list[Float[Tensor, "b _p _s c"]]  #: noised
+    target: Float[Tensor, "b _p s c"]  #: velocities at the finest level
+    text: Float[Tensor, "b p t e"]
+    pooled: Float[Tensor, "b p f"]
+    sigma: Float[Tensor, "b p"]
+    weight: Float[Tensor, "b _p"]  #: of every pair of the finest level in the mean over the whole step's batch
+    looks: tuple[Bool[Tensor, "b p t v"], Bool[Tensor, "b p t"]]  #: as `recall_targets` gives them
+    share: float  #: of these windows in the whole step's words about looks, 1 on average
+    layout: Layout
+    causal: bool
+
+
+@dataclass(kw_only=True)
+class KeyframeTask(FilmTask):
+    """Keyframe planning on films. The parts of the pipeline that are not trained come from `init` if not named."""
+
+    vae: DirectoryPath | None = None  #: a trained autoencoder, which stays as it is
+    clip: DirectoryPath | None = None  #: a trained CLIP, or its text half, likewise
+    t5: DirectoryPath | None = None  #: a trained T5, likewise
+    preset: str = "toy"  #: whose size and memory the model is to plan with
     movies: PositiveInt = 2000
+    stride: PositiveInt = 3  #: longest step from a shot of a window to the next
+    max_shared: float = 0.75  #: share of its shots that a window may have from its film's window one epoch before
     recall: float = 0.0  #: weight of `recall_error`; without it attention takes long to find a look by its name
-    context = 0.35  # share of the newest pairs (the last one excepted) that are nearly clean context
-    context_sigma = 0.25  # upper bound of the context's noise
-    caption_dropout = 0.08  # share of captions left empty, for guidance
+    untold: float = 0.0  #: share of windows whose captions tell no looks: what is remembered is seen, not read
+    shuffled: float = 0.0  #: share of steps whose memory is ranked by chance, as retrieval may, and not by recency
+    context: float = 0.35  #: share of the newest pairs (the last one excepted) that are nearly clean context
+    context_sigma: float = 0.25  #: upper bound of the context's noise
+    context_dropout: float = 0.0  #: share of windows whose context is nothing but noise
+    caption_dropout: float = 0.08  #: share of captions left empty, for guidance
+    lora: PositiveInt | None = None  #: rank of adapters on the attention of a frozen base; without it all is trained
+    quantise: bool = False  #: keep the frozen base's blocks in 4 bits (NF4, Dettmers et al. 2023)
+    recompute: bool = False  #: gradient checkpointing
+    compiled: bool = False  #: torch.compile for every block
     memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
 
     def build(self) -> KeyframeLearner:
         """A transformer, and the planner that it is to draw for."""
-        self.settings = replace(TOY.keyframes, **self.memory)
-        vae = AutoencoderKL.from_pretrained(self.vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
-        clip = clip_text_tower(AutoModel.from_pretrained(self.clip, torch_dtype=torch.float32)).eval()
-        t5 = T5EncoderModel.from_pretrained(self.t5, torch_dtype=torch.float32).eval().requires_grad_(False)
-        tokenizers = make_tokenizer(start=True), make_tokenizer(start=False)
-        text = TextEncoders(tokenizers[0], clip, tokenizers[1], t5, self.settings.text_tokens)
-        kind, where = InterleavedFluxTransformer, {"subfolder": "transformer", "torch_dtype": torch.float32}
-        transformer = kind.from_pretrained(self.init, **where) if self.init else small_flux(**self.shape)
-        self.planner = KeyframePlanner(transformer, vae, text, self.settings)
-        self.sides = [side for side, _ in self._layout(self.shots, self.settings.memory_group).by_level()]
-        self.stories = self.latents(vae, self.sides)
-        return KeyframeLearner(transformer, len(tokenizers[1]), self.settings)
+        chosen = preset(self.preset).remembering(**self.memory)
+        self.settings = chosen.keyframes
+        vae = self._part(AutoencoderKL, self.vae, "vae", torch.bfloat16)
+        clip = self._part(CLIPTextModel, self.clip, "text_encoder")
+        t5 = self._part(T5EncoderModel, self.t5, "text_encoder_2")
+        named = [make_tokenizer(start=True), make_tokenizer(start=False)]
+        if not (self.clip and self.t5):
+            kinds = dict.fromkeys(TOKENIZERS, AutoTokenizer)
+            named = load_parts(str(self.init), "keyframe", "float32", "cpu", kinds)
+        self.text = TextEncoders(named[0], clip, named[1], t5, self.settings.text_tokens)
+        self.planner = KeyframePlanner(self._transformer(), vae, self.text, self.settings, chosen.tags)
+        self.sides = levels(self.settings.height // PATCH, self.settings.memory_levels, self.settings.memory_ratio)
+        self._streams = dict[int, Windows]()
+        used, told = (vae, clip, t5), (self.sides, self.settings.text_tokens)
+        self.latents = Cache(self.cache, self.films, used, told, self.encode)
+        return KeyframeLearner(self.planner.transformer, len(named[1]) if self.recall else 0, self.settings)
 
-    def encode(self, movie: Movie) -> dict[str, BFloat16[Tensor, "m _s c"]]:
-        """Every shot at each of GoldenMem's levels, by the level's short side in patches."""
-        frames = to_tensor([render(movie, shot) for shot in movie.shots])
+    def encode(self, film: int) -> dict[str, Tensor]:
+        """Every shot at each of GoldenMem's levels, by the level's short side in patches; every caption it may have."""
+        frames = to_tensor(self.films.frames(film, self.settings.height))
         sizes = {side: frames if side == self.sides[0] else shrink(frames, side) for side in self.sides}
-        return {str(side): encode_frames(self.planner.vae, small).bfloat16() for side, small in sizes.items()}
+        kept = {str(side): encode_frames(self.planner.vae, small).bfloat16() for side, small in sizes.items()}
+        states, pooled = zip(*(self.text(line) for line in [*self.films.variants(film), ""]), strict=True)
+        return kept | {"states": torch.stack(states).bfloat16(), "pooled": torch.stack(pooled).bfloat16()}
 
-    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    def batch(self, stage: Stage, at: At) -> Batch:
+        """Windows of films, told and noised."""
+        windows, layout = self._windows(stage.pairs), self._layout(stage, at.step)
+        chosen = [windows[position] for position in at.all]
+        rngs = [random.Random(f"{self.seed}/{position}") for position in at.all]
+        captions = [self._tell(window, rng) for window, rng in zip(chosen, rngs, strict=True)]
+        generators = [seeded(self.seed, position, "window") for position in at.all]
+        noise = [self._noise(stage, layout, rng, own) for rng, own in zip(rngs, generators, strict=True)]
+        sigma, learns = (torch.stack(x) for x in zip(*noise, strict=True))
+        finest = layout.by_level()[0][1]
+        targets = recall_targets(
+            self.text.tokenizer_2, captions, [self.films.looks(w.film) for w in chosen], sigma <= self.context_sigma
+        )
+        own = [i for i, position in enumerate(at.all) if position in at.own]
+        read = [self._read(chosen[i], captions[i], layout) for i in own]
+        data = [torch.stack(level) for level in zip(*(latents for latents, _, _ in read), strict=True)]
+        drawn = [[torch.randn(level.shape[1:], generator=generators[i]) for level in data] for i in own]
+        noises = [torch.stack(level) for level in zip(*drawn, strict=True)]
+        places = [places for _, places in layout.by_level()]
+        noised = [add_noise(x, n, sigma[own][:, p]) for x, n, p in zip(data, noises, places, strict=True)]
+        told = torch.stack([states for _, states, _ in read]), torch.stack([pooled for _, _, pooled in read])
+        weight = learns[:, finest] / learns[:, finest].sum() * at.parts
+        looks, words = (targets[0][own], targets[1][own]), targets[0].any(-1).sum((1, 2))
+        share = float(words[own].sum() / words.sum().clamp(min=1) * at.parts)
+        causal = (stage.mask or self.settings.mask) == "causal"
+        return Batch(noised, velocity(data[0], noises[0]), *told, sigma[own], weight[own], looks, share, layout, causal)
+
+    def loss(
+        self, model: nn.Module, stage: Stage, batch: Batch
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Mean squared velocity error of the pairs that learn, and `recall` times the error of the looks."""
-        rng, noise_rng = random.Random(f"{self.seed}/{step}"), torch.Generator().manual_seed(step)
-        layout = self._layout(stage.pairs, stage.group)
-        captions, latents = self._windows(rng, stage, layout)
-        sigma, learns = self._noise(stage, layout, noise_rng)
-        noise = [torch.randn(x.shape, generator=noise_rng) for x in latents]
-        pairs = [p for _, p in layout.by_level()]  # the finest level comes first, and it alone learns
-        noised = [add_noise(x, n, sigma[:, p]) for x, n, p in zip(latents, noise, pairs, strict=True)]
-        told = (x.to(self.device) for x in (*self._text(captions), sigma))
-        predicted, looks = (x.cpu() for x in model([x.to(self.device) for x in noised], *told, layout))
-        error, learns = predicted - velocity(latents[0], noise[0]), learns[:, pairs[0]]
-        loss = (error.square().mean((2, 3)) * learns).sum() / learns.sum()
-        recall, known = recall_error(looks, *recall_targets(self.planner.text.tokenizer_2, captions))
-        figures = {"newest": error[:, -1].square().mean().item(), "recall": recall.item(), "known": known}
-        return loss + self.recall * recall, figures
+        given = (x.to(self.device) for x in (batch.text, batch.pooled, batch.sigma))
+        predicted, read = model([x.to(self.device) for x in batch.latents], *given, batch.layout, batch.causal)
+        errors = (predicted - batch.target.to(self.device)).square().mean((2, 3))  # b _p
+        weight = batch.weight.to(self.device)
+        figures = self._figures(errors.detach(), batch)
+        loss = (errors * weight).sum()
+        if read is not None:
+            recall, known = recall_error(read, *(x.to(self.device) for x in batch.looks))
+            loss, figures["recall"] = loss + self.recall * batch.share * recall, recall.detach()
+            figures["known"] = torch.tensor(known)
+        return loss, figures
+
+    def ids(self, stage: Stage, at: At) -> str:
+        """The films and shots of a batch."""
+        windows = self._windows(stage.pairs)
+        return "; ".join(
+            f"film {w.film}, shots {', '.join(map(str, w.shots))}" for w in map(windows.__getitem__, at.own)
+        )
 
     def save(self, folder: Path) -> None:
-        """Write a folder that stock `FluxPipeline.from_pretrained` loads, in bfloat16."""
-        vae, text = self.planner.vae, self.planner.text
-        parts = {name: getattr(text, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
-        parts |= {"vae": vae, "transformer": self.model.transformer.stock()}
+        """Write a folder that stock `FluxPipeline.from_pretrained` loads, in bfloat16; of adapters, what its
+        `load_lora_weights` reads.
+        """
+        if self.lora:
+            layers = get_peft_model_state_dict(self.model.transformer)
+            FluxPipeline.save_lora_weights(folder, {k: v.bfloat16().contiguous() for k, v in layers.items()})
+            return
+        parts = {
+            name: getattr(self.text, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        }
+        parts |= {"vae": self.planner.vae, "transformer": self.model.transformer.stock()}
         save_pipeline(FluxPipeline, folder, self.settings.shift, **parts)
 
     def sample(self, path: Path, stage: Stage) -> None:
@@ -132,66 +222,122 @@ class KeyframeTask(StoryTask):
             pictures += [keyframe.image for keyframe in planner.plan(movie.story(), seed)]
         save_sheet(path, to_tensor(pictures), stage.pairs)
 
-    def _layout(self, pairs: int, group: int | None) -> Layout:
-        s = self.settings
-        return Layout(pairs, s.height // PATCH, s.memory_levels, group or pairs, s.memory_ratio)
+    def card(self) -> dict[str, str]:
+        """As in `Task`."""
+        about = (
+            f"A keyframe planner: Flux with interleaved pairs{f', adapters of rank {self.lora}' if self.lora else ''}."
+        )
+        data = (
+            f"{sum(self.films.lengths):,} captioned keyframes of {len(self.films.lengths):,} films ({self.films.name})"
+        )
+        return super().card() | {"about": about, "data": data}
 
-    def _windows(
-        self, rng: random.Random, stage: Stage, layout: Layout
-    ) -> tuple[list[list[str]], list[Float[Tensor, "b _p _s c"]]]:
-        """Some shots of some movies, each told as a film of its own: captions, and latents by level."""
-        captions, windows = [], []
-        for _ in range(stage.batch):
-            shots = sample_shots(rng, self.shots, stage.pairs)
-            index = rng.randrange(self.movies)
-            movie = self.movie(index)
-            lines = replace(movie, shots=[movie.shots[i] for i in shots]).captions()
-            captions.append(["" if rng.random() < self.caption_dropout else line for line in lines])
-            levels = ((self.stories[index][str(side)], pairs) for side, pairs in layout.by_level())
-            windows.append([latents[[shots[i] for i in pairs]] for latents, pairs in levels])
-        return captions, [torch.stack(level).float() for level in zip(*windows, strict=True)]
+    def _transformer(self) -> InterleavedFluxTransformer:
+        """What is trained: `init`'s transformer or a new one, whole, or adapters on it."""
+        kind, dtype = InterleavedFluxTransformer, "bfloat16" if self.lora else "float32"
+        parts = {"transformer": kind}
+        made = load_parts(self.init, "keyframe", dtype, "cpu", parts)[0] if self.init else small_flux(**self.shape)
+        made.requires_grad_(not self.lora)
+        if self.quantise:
+            quantise(made)
+        if self.lora:
+            made.add_adapter(LoraConfig(r=self.lora, lora_alpha=self.lora, target_modules=ADAPTED))
+            cast_training_params(made)  # adapters to float32
+        if self.recompute:
+            made.enable_gradient_checkpointing()
+        if self.compiled:
+            made.compile_repeated_blocks()
+        return made
+
+    def _part(self, kind: Any, folder: Path | None, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        """A part that is not trained, from a folder of its own or from `init`."""
+        if folder is None and not self.init:
+            raise ValueError(f"there is neither a folder {name!r} nor an `init` that has one")
+        if folder is None:
+            return load_parts(str(self.init), "keyframe", str(dtype).removeprefix("torch."), "cpu", {name: kind})[0]
+        part = (AutoModel if kind is CLIPTextModel else kind).from_pretrained(folder, torch_dtype=dtype)
+        return (clip_text_tower(part) if kind is CLIPTextModel else part).eval().requires_grad_(False)
+
+    def _windows(self, pairs: int) -> Windows:
+        if pairs not in self._streams:
+            self._streams[pairs] = Windows(self.films.lengths, pairs, self.seed, self.stride, self.max_shared)
+        return self._streams[pairs]
+
+    def _layout(self, stage: Stage, step: int) -> Layout:
+        """Who sits at which level in this step: the newest first, or, for a share of the steps, by chance."""
+        s, rng, pairs = self.settings, random.Random(f"{self.seed}/rank {step}"), stage.pairs
+        rank = (*rng.sample(range(1, pairs), pairs - 1), 0) if rng.random() < self.shuffled else None
+        levels, group = (s.memory_levels, stage.group) if stage.group else (1, pairs)
+        return Layout(pairs, s.height // PATCH, levels, group, s.memory_ratio, rank)
+
+    def _tell(self, window: Window, rng: random.Random) -> list[str]:
+        lines = self.films.captions(window.film, window.shots, described=rng.random() >= self.untold)
+        return ["" if rng.random() < self.caption_dropout else line for line in lines]
+
+    def _read(
+        self, window: Window, captions: list[str], layout: Layout
+    ) -> tuple[list[Float[Tensor, "_p _s c"]], Float[Tensor, "p t e"], Float[Tensor, "p f"]]:
+        """A window's latents by level, and its captions' states, from the cache."""
+        names = [str(side) for side, _ in layout.by_level()]
+        *latents, states, pooled = self.latents.read(window.film, *names, "states", "pooled")
+        lines = {line: i for i, line in enumerate([*self.films.variants(window.film), ""])}
+        words, shots = [lines[line] for line in captions], torch.tensor(window.shots)
+        data = [x[shots[places]].float() for x, (_, places) in zip(latents, layout.by_level(), strict=True)]
+        return data, states[words].float(), pooled[words].float()
 
     def _noise(
-        self, stage: Stage, layout: Layout, generator: torch.Generator
-    ) -> tuple[Float[Tensor, "b pairs"], Float[Tensor, "b pairs"]]:
-        """Noise level of each pair, and 1 where it learns."""
-        shape = (stage.batch, stage.pairs)
-        sigma = sample_sigma(shape, generator, shift=self.shift)
-        learns = torch.rand(shape, generator=generator) >= self.context
-        learns[:, -1] = True
+        self, stage: Stage, layout: Layout, rng: random.Random, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
+        """Noise level of each pair of a window, and 1 where it learns."""
+        pairs = stage.pairs
+        sigma = sample_sigma((1 if stage.shared_noise else pairs,), generator, shift=stage.shift or self.shift).expand(
+            pairs
+        )
+        learns = torch.rand(pairs, generator=generator) >= (0.0 if stage.shared_noise else self.context)
+        learns[-1] = True
         learns &= torch.tensor(layout.sides) == layout.sides[-1]
-        clean = torch.rand(shape, generator=generator) * self.context_sigma
+        clean = torch.rand(pairs, generator=generator) * self.context_sigma
+        clean = torch.ones(pairs) if rng.random() < self.context_dropout else clean
         return torch.where(learns, sigma, clean), learns.float()
 
-    @torch.no_grad()
-    def _text(self, captions: list[list[str]]) -> tuple[Float[Tensor, "b p t e"], Float[Tensor, "b p f"]]:
-        text, flat, p = self.planner.text, [line for lines in captions for line in lines], len(captions[0])
-        states = text.text_encoder_2(tokenize(text.tokenizer_2, flat)).last_hidden_state
-        pooled = text.text_encoder(tokenize(text.tokenizer, flat)).pooler_output
-        return rearrange(states, "(b p) t e -> b p t e", p=p), rearrange(pooled, "(b p) f -> b p f", p=p)
+    def _figures(self, errors: Float[Tensor, "b _p"], batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """The error by noise level, and by the pair's place from the newest on."""
+        finest = batch.layout.by_level()[0][1]
+        learns, sigma = batch.weight.to(errors.device) > 0, batch.sigma[:, finest].to(errors.device)
+        bounds = zip((0.0, 0.25, 0.5, 0.75), (0.25, 0.5, 0.75, 1.01), strict=True)
+        masks = {f"sigma {low:.2f}": learns & (sigma >= low) & (sigma < high) for low, high in bounds}
+        for place in range(min(4, len(finest))):
+            masks[f"newest {place}"] = learns & (
+                torch.arange(errors.shape[1], device=errors.device) == errors.shape[1] - 1 - place
+            )
+        return {name: errors[mask].mean() for name, mask in masks.items()}  # NaN where nothing learns
 
 
 def recall_targets(
-    tokenizer: PreTrainedTokenizerFast, stories: list[list[str]]
+    tokenizer: PreTrainedTokenizerFast,
+    stories: list[list[str]],
+    casts: Sequence[Mapping[str, str]],
+    shown: Bool[Tensor, "b p"],
 ) -> tuple[Bool[Tensor, "b p t v"], Bool[Tensor, "b p t"]]:
-    """For every word of a clause about a character, the words of the look that this or an earlier caption tells.
+    """For every word of a clause about a character, the words of its look, where that can be known.
 
-    The second tensor is True for words of clauses that tell no look themselves: those can only remember it.
+    A look is known once a caption tells it, or names its character beside a picture that is `shown`. The second tensor
+    is True for words of clauses that neither tell the look nor have the picture: those can only remember it.
     """
     shape = (len(stories), len(stories[0]), tokenizer.model_max_length)
     target, remembers = torch.zeros(*shape, len(tokenizer), dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for b, captions in enumerate(stories):
-        looks: dict[str, list[int]] = {}
+        known = set[str]()
         for p, caption in enumerate(captions):
             start = 0
             for clause in caption.split("."):
-                told, _, look = clause.partition(":")
-                tag, end = told.strip().split(" ")[0], start + len(tokenizer.tokenize(clause))
-                if look:
-                    looks[tag] = tokenizer(look, add_special_tokens=False).input_ids
-                if tag in looks:
-                    target[b, p, start:end, looks[tag]] = True
-                    remembers[b, p, start:end] = not look
+                tag, end = clause.strip().split(" ")[0], start + len(tokenizer.tokenize(clause))
+                if now := tag in casts[b] and (":" in clause or bool(shown[b, p])):
+                    known.add(tag)
+                if tag in known:
+                    look = tokenizer(casts[b][tag], add_special_tokens=False).input_ids
+                    target[b, p, start:end, look] = True
+                    remembers[b, p, start:end] = not now
                 start = end
     return target, remembers
 
@@ -209,6 +355,26 @@ def recall_error(
         return logits.sum() * 0, 1.0
     error, exact = reading_error(logits[told], target[told])
     return error, exact[remembers[told]].float().mean().item() if remembers.any() else 1.0
+
+
+def quantise(model: nn.Module) -> None:
+    """Keep the linear layers of a frozen model's blocks in 4 bits; UserError where bitsandbytes is not installed.
+
+    They are made small on their way to a device, the CPU included.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError:
+        raise UserError(
+            "bitsandbytes is not installed; run `pip install 'cinema[quant]'`, or leave quantise away"
+        ) from None
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and "blocks." in name:
+            small = Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.bfloat16, quant_type="nf4")
+            small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            small.bias = layer.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, small.to("cpu"))
 
 
 def small_flux(

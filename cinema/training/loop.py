@@ -8,9 +8,11 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ import pydantic.dataclasses
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from pydantic import DirectoryPath
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,22 +28,49 @@ from cinema.config import WEIGHTS
 from cinema.errors import UserError
 from cinema.files import atomic, write_json, write_text
 from cinema.progress import Progress, quiet
+from cinema.training.card import write_card
 from cinema.training.config import Stage, TrainConfig
 
 BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
 CHECKPOINTS = "checkpoint-[0-9]*.safetensors"
+PROGRESS = ("step", "log", "recent", "figures")  # of a run, kept in its checkpoints
+NUMBER = "#"  # ends the name of a state that is no tensor
+EXPLODED = 30.0  # times the recent mean: a loss that high is not of a hard batch
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a run is: all that a batch depends on besides the seed."""
+
+    step: int
+    position: int  #: windows, frames or whatever a sample is, in all steps before
+    count: int  #: samples of this step
+    part: int = 0  #: which part of them this process takes, in this pass
+    parts: int = 1
+
+    @property
+    def all(self) -> range:
+        """Positions of all samples of the step."""
+        return range(self.position, self.position + self.count)
+
+    @property
+    def own(self) -> range:
+        """Positions of this part's samples."""
+        size = self.count // self.parts
+        return range(self.position + self.part * size, self.position + (self.part + 1) * size)
 
 
 @pydantic.dataclasses.dataclass(config={"extra": "forbid"})
 class Task:
     """What differs between the models: the data, the loss, and how weights are written and looked at.
 
-    Its fields are a config's `options`. `model` is what is trained; `loss` gets it wrapped (precision, accelerate) and
-    only calls it. Under half precision its parameters are bfloat16 then: a forward casts its inputs to their dtype.
+    Its fields are a config's `options`. `model` is what is trained, as far as it requires gradients; `loss` gets it
+    wrapped (precision, accelerate) and only calls it. Under half precision its parameters are bfloat16 then: a forward
+    casts its inputs to their dtype.
     """
 
     seed: int
-    init: DirectoryPath | None  #: weights to start from
+    init: str | None  #: weights to start from
     shape: dict[str, Any] = field(default_factory=dict, kw_only=True)  #: of a new model, its config's keys
 
     def __post_init__(self) -> None:
@@ -67,13 +95,36 @@ class Task:
         """The model that is trained; also loads what else the task needs."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """Loss of the batch that belongs to this step, and figures to log."""
+    def batch(self, stage: Stage, at: At) -> Any:
+        """What `loss` is given: a function of the seed and `at`, made beside the step before. Here, the step's number.
+
+        UserError where a step cannot be split into parts.
+        """
+        if at.parts > 1:
+            raise UserError(f"{type(self).__name__} trains in one process and without `accumulate`; leave both away")
+        return at.step
+
+    def loss(self, model: nn.Module, stage: Stage, batch: Any) -> tuple[Float[Tensor, ""], dict[str, Any]]:
+        """Loss of a batch, so that the mean over a step's parts is the step's, and figures to log, NaN for none."""
         raise NotImplementedError
+
+    def ids(self, stage: Stage, at: At) -> str:
+        """What a batch holds, for a message that something is wrong with it."""
+        return f"samples {at.own.start} to {at.own.stop - 1}"
 
     def save(self, folder: Path) -> None:
         """Write the current weights as a folder that stock diffusers, transformers or open_clip loads."""
         raise NotImplementedError
+
+    def card(self) -> dict[str, str]:
+        """What a model card says: `about` the model, its `data` and its intended `use`."""
+        what = type(self).__name__.removesuffix("Task").lower()
+        use = "learning how short movies are generated, and research on it"
+        return {
+            "about": f"A part of Captain Cinema: {what}.",
+            "data": "the toy world, drawn by cinema.toyworld",
+            "use": use,
+        }
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Write a picture that shows what the current weights can do, where there is something to see."""
@@ -92,39 +143,78 @@ class Run:
     accelerator: Accelerator
     step: int = 0
     log: list[dict[str, float]] = field(default_factory=list)  # what was logged, a line of log.jsonl each
+    recent: float | None = None  # mean of the losses of the last steps
+    figures: dict[str, list[float]] = field(default_factory=dict)  # of the steps since the last line of the log
+
+    @property
+    def main(self) -> bool:
+        """True for the one process that writes."""
+        return self.accelerator.is_main_process
 
 
 def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_progress: Progress = quiet) -> Run:
     """Train `task` in folder `out`; writes logs, samples, checkpoints and, at the end, `out/weights`.
 
-    With `resume` it goes on from the newest good checkpoint in `out`, or starts if there is none. UserError if `out`
-    holds another run, or the loss is not a number any more.
+    With `resume` it goes on from the newest good checkpoint in `out`, or starts if there is none. Under `accelerate
+    launch` every process takes its part of every batch. UserError if `out` holds another run, or the loss is not a
+    number any more or explodes.
     """
     run = _start(config, task, out, resume)
     clock, since = time.monotonic(), run.step
-    while run.step < config.total_steps:
-        stage = config.stage_at(run.step)
-        figures = _one_step(run, stage)
-        run.step += 1
-        last = run.step == config.total_steps
-        if last or run.step % config.log_every == 0:
-            now = time.monotonic()
-            figures["steps_per_s"] = (run.step - since) / (now - clock)
-            clock, since = now, run.step
-            run.log.append({"step": run.step, **{k: round(v, 6) for k, v in figures.items()}})
-            _write_log(run)
-            run.accelerator.log(figures, run.step)
-            on_progress(run.step, config.total_steps, f"loss {figures['loss']:.4f}")
-        if run.step % config.sample_every == 0:
-            with averaged(run):
-                task.sample(out / "samples" / f"{run.step:07d}.png", stage)
-        if last or run.step % config.save_every == 0:
-            _save_checkpoint(run)
-    with averaged(run):
-        task.save(out / "weights")
-        task.sample(out / "samples" / "final.png", config.stages[-1])
+    with ThreadPoolExecutor(1) as beside:
+        batches = _batches(run, beside)
+        while run.step < config.total_steps:
+            stage = config.stage_at(run.step)
+            for name, value in _one_step(run, stage, next(batches)).items():
+                run.figures.setdefault(name, []).extend([value] * math.isfinite(value))
+            run.step += 1
+            last = run.step == config.total_steps
+            if last or run.step % config.log_every == 0:
+                now = time.monotonic()
+                told = {name: sum(values) / len(values) for name, values in run.figures.items() if values}
+                told["seconds"], told["samples_per_s"] = now - clock, stage.batch * (run.step - since) / (now - clock)
+                told["pairs_per_s"] = stage.pairs * told["samples_per_s"]
+                clock, since, run.figures = now, run.step, {}
+                run.log.append({"step": run.step, **{k: round(v, 6) for k, v in told.items()}})
+                run.accelerator.log(told, run.step)
+                on_progress(run.step, config.total_steps, f"loss {told['loss']:.4f}")
+            if run.main:
+                if last or run.step % config.log_every == 0:
+                    _write_log(run)
+                if last or run.step % config.save_every == 0:
+                    _save_checkpoint(run)
+                if run.step % config.sample_every == 0:
+                    with averaged(run):
+                        task.sample(out / "samples" / f"{run.step:07d}.png", stage)
+    if run.main:
+        with averaged(run):
+            task.save(out / "weights")
+            write_card(run, out / "weights")
+            task.sample(out / "samples" / "final.png", config.stages[-1])
+    run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return run
+
+
+def _batches(run: Run, beside: ThreadPoolExecutor) -> Iterator[list[Any]]:
+    """The parts of each step's batch that this process takes; the next step's are made beside this one's work."""
+
+    def make(step: int) -> list[Any]:
+        config, processes = run.config, run.accelerator.num_processes
+        stage, first = config.stage_at(step), run.accelerator.process_index * config.accumulate
+        at = At(step, config.position(step), stage.batch, parts=processes * config.accumulate)
+        if stage.batch % at.parts:
+            split = f"{processes} processes and {config.accumulate} passes"
+            raise UserError(
+                f"a batch of {stage.batch} cannot be split evenly among {split}; change batch or accumulate"
+            )
+        return [run.task.batch(stage, replace(at, part=first + i)) for i in range(config.accumulate)]
+
+    coming = beside.submit(make, run.step)
+    for step in range(run.step + 1, run.config.total_steps + 1):
+        ready = coming.result()
+        coming = beside.submit(make, min(step, run.config.total_steps - 1))
+        yield ready
 
 
 class HalfPrecision(nn.Module):
@@ -140,7 +230,7 @@ class HalfPrecision(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its parameters in bfloat16."""
-        half = {k: v.to(torch.bfloat16) for k, v in self.module.named_parameters()}
+        half = {k: v.to(torch.bfloat16) for k, v in self.module.named_parameters() if v.dtype == torch.float32}
         return torch.func.functional_call(self.module, half, args, kwargs)
 
 
@@ -148,29 +238,36 @@ class HalfPrecision(nn.Module):
 def averaged(run: Run) -> Iterator[None]:
     """Within this block the task's model holds the averaged weights."""
     model = run.task.model
-    own = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(run.ema)
+    own = {k: v.clone() for k, v in trained(model).items()}
+    model.load_state_dict(run.ema, strict=False)
     model.eval()
     try:
         yield
     finally:
-        model.load_state_dict(own)
+        model.load_state_dict(own, strict=False)
         model.train()
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state without the parameters that are frozen."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
 def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="tensorboard", project_dir=out)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
     model = task.model.to(accelerator.device)
-    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    ema = {k: v.detach().clone() for k, v in trained(model).items()}
     run = Run(config, task, out, model, make_optimizers(config, model), ema, accelerator)
     if newest := latest_checkpoint(out):
         if not resume:
             raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
         _load_checkpoint(run, newest)
-    write_json(out / "config.json", config.model_dump(mode="json"))
-    _write_log(run)
-    (out / "samples").mkdir(exist_ok=True)
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    if run.main:
+        write_json(out / "config.json", config.model_dump(mode="json"))
+        _write_log(run)
+        (out / "samples").mkdir(exist_ok=True)
+    accelerator.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     learner = HalfPrecision(model) if config.precision == "bf16" else model
     run.model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
     return run
@@ -180,29 +277,48 @@ def _write_log(run: Run) -> None:
     write_text(run.out / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in run.log))
 
 
-def _one_step(run: Run, stage: Stage) -> dict[str, float]:
+def _one_step(run: Run, stage: Stage, batches: list[Any]) -> dict[str, float]:
     run.model.train()
     torch.manual_seed(hash((run.config.seed, run.step)) % 2**31)  # dropout, if a model has any
-    loss, figures = run.task.loss(run.model, stage, run.step)
-    value, rate = loss.item(), run.config.rate(run.step)
-    if not math.isfinite(value):
-        good = latest_checkpoint(run.out)
-        raise UserError(
-            f"{run.out}: the loss at step {run.step} is {value}; "
-            f"the last good checkpoint is {good.name if good else 'none'}: train in another folder at a lower rate"
-        )
     run.model.zero_grad()
-    run.accelerator.backward(loss)
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
+    parts = list[dict[str, Tensor]]()
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last else run.accelerator.no_sync(run.model):
+            loss, figures = run.task.loss(run.model, stage, batch)
+            run.accelerator.backward(loss / len(batches))
+        parts.append({"loss": loss.detach(), **figures})
+    names = sorted(parts[0])
+    values = torch.tensor([[float(part[name]) for name in names] for part in parts], dtype=torch.float64)
+    values = run.accelerator.gather(values.to(run.accelerator.device)).nanmean(0)
+    told = dict(zip(names, values.tolist(), strict=True))
+    told["grad_norm"] = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.grad_clip))
+    told["rate"] = rate = run.config.rate(run.step)
+    _check(run, stage, told)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
         optimizer.step()
     with torch.no_grad():
         decay = min(run.config.ema, (1 + run.step) / (10 + run.step))
-        own = {k: v for k, v in run.task.model.state_dict().items() if v.is_floating_point()}
+        own = {k: v for k, v in trained(run.task.model).items() if v.is_floating_point()}
         torch._foreach_lerp_([run.ema[k] for k in own], list(own.values()), 1 - decay)
-    return {"loss": value, "grad_norm": float(norm), "rate": rate, **figures}
+    return told
+
+
+def _check(run: Run, stage: Stage, told: dict[str, float]) -> None:
+    """UserError if the loss or its gradient is not a number any more, or far above the last ones."""
+    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(told[name])]
+    if not wrong and run.recent is not None and told["loss"] > EXPLODED * run.recent:
+        wrong = ["loss"]
+    run.recent = told["loss"] if run.recent is None else 0.95 * run.recent + 0.05 * told["loss"]
+    if wrong:
+        good, at = latest_checkpoint(run.out), At(run.step, run.config.position(run.step), stage.batch)
+        what = f"the {wrong[0].replace('grad_norm', 'gradient')} at step {run.step} is {told[wrong[0]]:g}"
+        raise UserError(
+            f"{run.out}: {what} ({run.task.ids(stage, at)}); "
+            f"the last good checkpoint is {good.name if good else 'none'}: train in another folder at a lower rate"
+        )
 
 
 def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -213,6 +329,8 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
     """
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         odd = any(x in name for x in ("norm", "scale_shift", "conv_shortcut"))
         if config.muon_lr and parameter.ndim > 1 and "blocks." in name and not odd:
             parts["dense"].append(_as_matrix(parameter))
@@ -222,13 +340,24 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
     if parts["bias"]:  # logits that must grow to 5 or so before a head looks at one neighbour
         groups.append({"params": parts["bias"], "lr": BIAS_RATE * config.lr, "weight_decay": 0.0})
     decay: Any = {"weight_decay": config.weight_decay}
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True, **decay)]
+    optimizers = [_adamw(config.optimizer)(groups, betas=config.betas, **decay)]
     if config.muon_lr and parts["dense"]:
         muon = torch.optim.Muon(parts["dense"], config.muon_lr, momentum=0.95, adjust_lr_fn="match_rms_adamw", **decay)
         optimizers.append(muon)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
     return optimizers
+
+
+def _adamw(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW, or the one whose moments take a byte each (Dettmers et al. 2022)."""
+    if kind == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("bitsandbytes is not installed; run `pip install 'cinema[quant]'`, or take adamw") from None
+    return AdamW8bit
 
 
 def _as_matrix(kernel: nn.Parameter) -> nn.Parameter:
@@ -248,12 +377,15 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 def _save_checkpoint(run: Run) -> None:
     """Write weights, averages, optimiser states and log in one file, complete or absent; remove all but the newest."""
-    tensors = {f"model.{k}": v for k, v in run.task.model.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in trained(run.task.model).items()}
     tensors |= {f"ema.{k}": v for k, v in run.ema.items()}
     for i, optimizer in enumerate(run.optimizers):
-        for j, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state.items()}
-    told = {"step": run.step, "log": run.log, "config": run.config.model_dump(mode="json")}
+        for j, parameter in enumerate(_parameters(optimizer)):
+            state = optimizer.state[parameter].items()
+            tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state if isinstance(v, Tensor)}
+            tensors |= {f"optimizer.{i}.{j}.{k}{NUMBER}": torch.tensor(v) for k, v in state if isinstance(v, int)}
+    told = {name: getattr(run, name) for name in PROGRESS} | {"config": run.config.model_dump(mode="json")}
+    write_card(run, run.out)
     with atomic(run.out / f"checkpoint-{run.step:07d}.safetensors") as part:
         kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(kept, part, {k: json.dumps(v) for k, v in told.items()})
@@ -266,14 +398,20 @@ def _load_checkpoint(run: Run, path: Path) -> None:
     with safe_open(path, "pt", device=str(run.accelerator.device)) as file:
         told = {k: json.loads(v) for k, v in file.metadata().items()}
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    if told.get("config") != run.config.model_dump(mode="json"):
+    if not {*PROGRESS} <= {*told} or told["config"] != run.config.model_dump(mode="json"):
         raise UserError(f"{run.out} holds a run with another config; choose another folder or remove it")
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    run.step, run.log, run.ema = told["step"], told["log"], under("ema.")
-    run.task.model.load_state_dict(under("model."))
+    vars(run).update({name: told[name] for name in PROGRESS}, ema=under("ema."))
+    run.task.model.load_state_dict(under("model."), strict=False)
     for i, optimizer in enumerate(run.optimizers):
-        for j, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            optimizer.state[parameter] = under(f"optimizer.{i}.{j}.")
+        for j, parameter in enumerate(_parameters(optimizer)):
+            kept = under(f"optimizer.{i}.{j}.")
+            numbers = {k.removesuffix(NUMBER): v.item() for k, v in kept.items() if k.endswith(NUMBER)}
+            optimizer.state[parameter] = {k: v for k, v in kept.items() if not k.endswith(NUMBER)} | numbers
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -45,13 +45,13 @@ class RetrievalTask(Task):
         """Two towers as their configuration says, or the shipped one's; it is kept as `told`."""
         self.tokenizer, self.criterion = make_tokenizer(start=True), ClipLoss()
         self.tokenizer.model_max_length = WORDS
-        config = (self.init or Path(TOY.keyframes.towers)) / CONFIG
+        config = Path(self.init or TOY.keyframes.towers) / CONFIG
         self.told = json.loads(config.read_text())["model_cfg"] | self.shape
         text = {key: value for key, value in self.told["text_cfg"].items() if key != "hf_tokenizer_name"}
         vision = CLIPVisionCfg(**self.told["vision_cfg"])
         model = Towers(self.told["embed_dim"], vision, CLIPTextCfg(**text), output_dict=True)
         if self.init:
-            model.load_state_dict(load_file(self.init / WEIGHTS))
+            model.load_state_dict(load_file(Path(self.init) / WEIGHTS))
         return model
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:

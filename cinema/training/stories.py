@@ -1,75 +1,97 @@
-"""Toy stories as training data: drawn and encoded once, then read by position; and trained pipelines as folders."""
+"""Films as training data: encoded once, then read by position; and trained pipelines as folders."""
 
 import copy
 import hashlib
-import random
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from jaxtyping import BFloat16
 from pydantic import DirectoryPath, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file, save, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cinema.errors import UserError
 from cinema.files import atomic
-from cinema.toyworld.world import Movie, sample_movie
+from cinema.interleave import CuratedFilms, Films, ToyFilms
 from cinema.training.loop import Task
 
 
-@dataclass(kw_only=True)
-class StoryTask(Task):
-    """A task on windows of toy stories, whose latents are encoded once."""
+class Cache:
+    """What encoders make of every film: made once and kept in a file each, so that a killed run goes on.
 
-    vae: DirectoryPath  #: of the trained autoencoder, which stays as it is
-    cache: Path  #: folder for the latents
-    movies: PositiveInt = 400  #: in the training set
+    The folder's name tells the films, the encoders and whatever else the tensors depend on. A file that cannot be read
+    is made again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        films: Films,
+        encoders: Iterable[nn.Module],
+        settings: Any,
+        encode: Callable[[int], Mapping[str, Tensor]],
+    ) -> None:
+        self.folder = folder / f"{films.name}-{fingerprint(encoders, settings)}"
+        process = PartialState()
+        for film in range(process.process_index, len(films.lengths), process.num_processes):
+            if not self._readable(film):
+                with atomic(self._path(film)) as part:
+                    save_file({name: x.contiguous() for name, x in encode(film).items()}, part)
+        process.wait_for_everyone()
+
+    def read(self, film: int, *names: str) -> list[Tensor]:
+        """Tensors of a film, on the CPU; UserError if its file was damaged meanwhile."""
+        try:
+            with safe_open(self._path(film), "pt") as file:
+                return [file.get_tensor(name) for name in names]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._path(film)}: {error}; run again, and it is made anew") from None
+
+    def _path(self, film: int) -> Path:
+        return self.folder / f"{film:06d}.safetensors"
+
+    def _readable(self, film: int) -> bool:
+        try:
+            with safe_open(self._path(film), "pt"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+
+
+@dataclass(kw_only=True)
+class FilmTask(Task):
+    """A task on windows of films: curated ones, or toy movies."""
+
+    cache: Path  #: folder for what encoders make of them
+    data: DirectoryPath | None = None  #: folder of curated films; without it there are toy movies
+    movies: PositiveInt = 400  #: toy movies in the training set
     shots: PositiveInt = 12  #: of each of them
     shift: PositiveFloat = 4.0  #: time shift of the training noise
     kind = "train"  # of toy movie: other kinds are other movies
 
-    def movie(self, index: int) -> Movie:
-        """A toy movie of the training set."""
-        return sample_movie(f"{self.kind}/{self.seed}/{index}", self.shots)
+    def __post_init__(self) -> None:
+        self.films: Films = CuratedFilms(self.data) if self.data else self.toys
+        super().__post_init__()
 
-    def encode(self, movie: Movie) -> dict[str, BFloat16[Tensor, "m _s c"]]:
-        """Latents of a movie's shots, by what they are of."""
-        raise NotImplementedError
-
-    def latents(self, encoder: nn.Module, *settings: object) -> list[dict[str, BFloat16[Tensor, "m _s c"]]]:
-        """What `encode` makes of every movie: made once and kept in a file each, so that a killed run goes on.
-
-        Their folder's name tells the encoder and whatever else they depend on.
-        """
-        folder = self.cache / f"{self.kind}-{fingerprint(encoder, settings)}-{self.seed}-{self.shots}"
-        paths = [folder / f"{index:06d}.safetensors" for index in range(self.movies)]
-        for index, path in enumerate(paths):
-            if not path.exists():
-                with atomic(path) as part:
-                    save_file(self.encode(self.movie(index)), part)
-        return [load_file(path) for path in paths]
+    @property
+    def toys(self) -> ToyFilms:
+        """The toy movies."""
+        return ToyFilms(self.seed, self.movies, self.shots, self.kind)
 
 
-def fingerprint(encoder: nn.Module, *settings: object) -> str:
-    """What tells encoders apart: a digest of a model's weights, and of anything else that latents depend on."""
-    return hashlib.blake2b(repr(settings).encode() + save(encoder.state_dict()), digest_size=6).hexdigest()
-
-
-def sample_shots(rng: random.Random, available: int, count: int, stride: int = 3) -> list[int]:
-    """Shots of one window: a random start, then random strides of 1 to `stride`, as far as the film allows.
-
-    UserError if the film has fewer shots than the window.
-    """
-    if count > available:
-        raise UserError(f"a stage of {count} pairs, but the films have {available} shots; lower pairs or raise shots")
-    shots, at = [], rng.randint(0, available - count)
-    for left in reversed(range(count)):
-        shots.append(at)
-        at += rng.randint(1, min(stride, available - left - at)) if stride > 1 else 1
-    return shots
+def fingerprint(encoders: Iterable[nn.Module], settings: Any = ()) -> str:
+    """What tells encoders apart: a digest of models' weights, and of anything else that latents depend on."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
+    for encoder in encoders:
+        for name, tensor in encoder.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_pipeline(kind: Any, folder: Path, shift: float, **parts: Any) -> None:

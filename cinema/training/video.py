@@ -20,12 +20,13 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from cinema.config import TOY
 from cinema.flow import add_noise, sample_sigma, velocity
+from cinema.interleave import strided
 from cinema.story import Story
 from cinema.toyworld.draw import render
-from cinema.toyworld.world import Movie, sample_movie
+from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
 from cinema.training.config import Stage
-from cinema.training.stories import StoryTask, sample_shots, save_pipeline
+from cinema.training.stories import Cache, FilmTask, save_pipeline
 from cinema.training.video_autoencoder import clip_frames
 from cinema.video import Animator, Window, encode_clips, global_caption, window_velocity
 
@@ -51,9 +52,10 @@ class VideoLearner(nn.Module):
 
 
 @dataclass(kw_only=True)
-class VideoTask(StoryTask):
+class VideoTask(FilmTask):
     """Video synthesis on toy stories; a stage's `pairs` are the shots of a window."""
 
+    vae: DirectoryPath  #: of the trained video autoencoder, which stays as it is
     keyframes: DirectoryPath  #: a trained Flux pipeline, whose T5 is used as it is
     shots: PositiveInt = 8
     shift: PositiveFloat = 1.5
@@ -78,11 +80,12 @@ class VideoTask(StoryTask):
             elif name == "time_embed.linear.weight":
                 nn.init.normal_(parameter, std=0.02)  # and every block is near identity
         self.animator = Animator(transformer, vae, t5, tokenizer, self.settings, TOY.tags)
-        self.clips = self.latents(vae, self.settings.height, self.settings.frames)
+        self.clips = Cache(self.cache, self.toys, [vae], (self.settings.height, self.settings.frames), self.encode)
         return VideoLearner(transformer)
 
-    def encode(self, movie: Movie) -> dict[str, BFloat16[Tensor, "m _s c"]]:
+    def encode(self, film: int) -> dict[str, BFloat16[Tensor, "m _s c"]]:
         """Every shot's clip."""
+        movie = self.toys.movie(film)
         clips = (clip_frames(movie, shot, self.settings.height, self.settings.frames) for shot in movie.shots)
         tokens = [encode_clips(self.animator.vae, clip[None]) for clip in clips]
         return {"clips": torch.cat(tokens).to(torch.bfloat16)}
@@ -126,10 +129,11 @@ class VideoTask(StoryTask):
         """Windows of neighbouring shots: their tokens and their captions, the global one first."""
         lines, tokens = [], []
         for _ in range(stage.batch):
-            index, shots = rng.randrange(self.movies), sample_shots(rng, self.shots, stage.pairs, stride=1)
-            captions = window_captions(self.movie(index).story(), shots[0], stage.pairs)
+            index, shots = rng.randrange(self.movies), strided(rng, self.shots, stage.pairs, stride=1)
+            captions = window_captions(self.toys.movie(index).story(), shots[0], stage.pairs)
             lines += [""] * len(captions) if rng.random() < self.caption_dropout else captions
-            tokens.append(rearrange(self.clips[index]["clips"][shots], "k s c -> (k s) c"))
+            (clips,) = self.clips.read(index, "clips")
+            tokens.append(rearrange(clips[shots], "k s c -> (k s) c"))
         texts = self.animator.encode_text(lines)
         states, words = (rearrange(x, "(b n) ... -> b n ...", n=stage.pairs + 1) for x in texts)
         return torch.stack(tokens).float(), states, words

@@ -39,7 +39,7 @@ class VideoAutoencoderTask(AutoencoderTask):
         """An `AutoencoderKLLTXVideo` of LTX-Video 0.9.5's blocks, which move pixels into channels and back."""
         return AutoencoderLearner(self.load(AutoencoderKLLTXVideo, "video/vae"), new=not self.init)
 
-    def batch(self, step: int, count: int) -> Float[Tensor, "n 3 *size"]:
+    def drawn(self, step: int, count: int) -> Float[Tensor, "n 3 *size"]:
         """Clips, or stills."""
         count, frames = (4 * count, 1) if step < self.stills else (count, self.frames)
         return clips_of_step(self.seed, step, count, self.height, frames)
@@ -58,7 +58,7 @@ class VideoAutoencoderTask(AutoencoderTask):
 
     def normalise(self, vae: Any) -> None:
         """Measure mean and standard deviation of the latents' channels on fresh clips."""
-        latents = torch.cat([vae.encode(self.batch(10**7 + i, 4)).latent_dist.mode() for i in range(8)])
+        latents = torch.cat([vae.encode(self.drawn(10**7 + i, 4)).latent_dist.mode() for i in range(8)])
         vae.latents_mean.copy_(latents.mean((0, 2, 3, 4)))
         vae.latents_std.copy_(latents.std((0, 2, 3, 4)))
 
