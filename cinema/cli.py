@@ -169,9 +169,10 @@ def train(
     settings: Annotated[Path, typer.Argument(metavar="CONFIG", help="A training configuration in YAML.")],
     out: Folder,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    base: Annotated[str | None, typer.Option(help="Folder or hub name of the weights to start from.")] = None,
 ) -> None:
     """Train a model; a run that was stopped goes on with --resume and ends as if it never had been."""
-    _watch("cinema.training:train", settings, out, resume)
+    _watch("cinema.training:train", settings, out, resume, base)
     _say(f"{out}: trained")
 
 

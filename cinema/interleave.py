@@ -173,7 +173,7 @@ class Windows:
         self.films = [film for film, shots in enumerate(lengths) if shots >= pairs]
         if not self.films:
             longest = max(lengths, default=0)
-            raise UserError(f"a stage of {pairs} pairs, but the longest film has {longest} shots; lower pairs")
+            raise UserError(f"{pairs} pairs, but the longest film has {longest} shots")
         self.lengths, self.pairs, self.seed, self.stride, self.max_shared = lengths, pairs, seed, stride, max_shared
         self.last = dict[int, tuple[int, Window]]()  # film -> epoch, and its window: a memo
         self._order = lru_cache(maxsize=4)(self._shuffled)
@@ -208,7 +208,7 @@ def strided(rng: random.Random, shots: int, pairs: int, stride: int = 3) -> list
     UserError if the film has fewer shots than the window.
     """
     if pairs > shots:
-        raise UserError(f"a stage of {pairs} pairs, but the films have {shots} shots; lower pairs or raise shots")
+        raise UserError(f"{pairs} pairs, but the film has {shots} shots")
     ahead, window = _ahead(shots, pairs, stride), list[int]()
     for left in reversed(range(pairs)):
         places = range(window[-1] + 1, min(window[-1] + stride + 1, shots)) if window else range(shots)

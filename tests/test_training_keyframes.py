@@ -1,17 +1,20 @@
 """The keyframe model's training: what it is asked, what its loss sees, and that stock diffusers loads what it saves."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 
 from cinema.config import TOY
+from cinema.errors import UserError
 from cinema.goldenmem import shrink
 from cinema.keyframes import encode_frames
 from cinema.toyworld.world import sample_movie
-from cinema.training import make_task
+from cinema.training import check_memory, make_task
 from cinema.training.autoencoder import to_tensor
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.keyframes import KeyframeTask, recall_error, recall_targets
@@ -175,3 +178,124 @@ def test_a_run_saves_a_folder_that_stock_flux_draws_with(folders: dict[str, str]
     assert (tmp_path / "samples" / "final.png").exists()
     pipeline = FluxPipeline.from_pretrained(tmp_path / "weights", dtype=torch.bfloat16)
     assert pipeline("close shot, city.", height=32, width=64, num_inference_steps=1).images[0].size == (64, 32)
+
+
+def config_of(folders: dict[str, str], **changes: object) -> TrainConfig:
+    """Four steps of a window of three pairs, in batches of four."""
+    options = {k: v for k, v in folders.items() if k == "cache"} | {"movies": 2, "shots": 6}
+    stages = [{"steps": 4, "batch": 4, "pairs": 3}]
+    told = {"task": "keyframes", "options": options, "stages": stages, "warmup": 0, "init": folders["base"]}
+    told["options"] |= changes.pop("options", {})
+    return TrainConfig.model_validate(told | {"save_every": 2, "log_every": 1, "sample_every": 99} | changes)
+
+
+@pytest.fixture(scope="module")
+def base(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A whole pipeline with few parameters as a folder, to start from."""
+    folder, task = tmp_path_factory.mktemp("base"), KeyframeTask(0, None, **folders, movies=2, shots=6, shape=SHAPE)
+    for name, parameter in task.model.named_parameters():
+        if "norm" in name or "proj_out" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    task.save(folder)
+    return folders | {"base": str(folder)}
+
+
+@pytest.fixture(autouse=True)
+def _no_sheets(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "base" in request.fixturenames:
+        monkeypatch.setattr(KeyframeTask, "sample", lambda *_: None)
+
+
+def weights_after(config: TrainConfig, folder: Path) -> dict[str, torch.Tensor]:
+    run = run_training(config, make_task("keyframes", 0, config.init, config.options), folder, resume=False)
+    return {name: value.detach().float() for name, value in run.task.model.state_dict().items()}
+
+
+def test_passes_of_half_the_batch_add_up_to_one_step(base: dict[str, str], tmp_path: Path) -> None:
+    whole = weights_after(config_of(base, precision="no"), tmp_path / "whole")
+    halves = weights_after(config_of(base, precision="no", accumulate=2), tmp_path / "halves")
+    start = weights_after(config_of(base, precision="no", lr=1e-12), tmp_path / "start")
+    moved = max((whole[k] - start[k]).abs().max().item() for k in whole)
+    apart = max((whole[k] - halves[k]).abs().max().item() for k in whole)
+    assert moved > 1e-3 and apart < 0.02 * moved, (moved, apart)
+
+
+def test_recompute_and_compile_change_nothing_but_time(base: dict[str, str], tmp_path: Path) -> None:
+    plain = weights_after(config_of(base), tmp_path / "plain")
+    again = weights_after(config_of(base, options={"recompute": True}), tmp_path / "again")
+    assert all(torch.equal(plain[k], again[k]) for k in plain)
+
+
+def test_adapters_resume_exactly_and_stock_flux_loads_them(base: dict[str, str], tmp_path: Path) -> None:
+    config = config_of(base, options={"lora": 4, "recall": 0.1}, lr=1e-2)
+    own = weights_after(config, tmp_path / "run")
+    first = load_file(sorted((tmp_path / "run").glob("checkpoint-*.safetensors"))[0])
+    kept = {k.removeprefix("model.") for k in first if k.startswith("model.")}
+    assert all("lora" in k or "recalls" in k for k in kept), "the frozen base is not written again"
+    (tmp_path / "run" / "checkpoint-0000004.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "weights")
+    task = make_task("keyframes", 0, config.init, config.options)
+    resumed = run_training(config, task, tmp_path / "run", resume=True).task.model.state_dict()
+    assert all(torch.equal(own[k], resumed[k].float()) for k in own)
+
+    pipeline = FluxPipeline.from_pretrained(base["base"], dtype=torch.float32)
+    draw = {"prompt": "close shot, city.", "height": 32, "width": 64, "num_inference_steps": 2, "output_type": "np"}
+    plain = pipeline(**draw, generator=torch.Generator().manual_seed(0)).images
+    pipeline.load_lora_weights(tmp_path / "run" / "weights")
+    adapted = {k: v for k, v in pipeline.transformer.state_dict().items() if "lora" in k}
+    changed = pipeline(**draw, generator=torch.Generator().manual_seed(0)).images
+    assert len(adapted) == sum("lora" in k for k in own) and abs(plain - changed).max() > 1e-3
+    card = (tmp_path / "run" / "weights" / "README.md").read_text()
+    assert (
+        f"base_model: {base['base']}" in card and "adapters of rank 4" in card and "12 captioned keyframes of 2" in card
+    )
+
+
+def test_whole_weights_come_from_a_base_and_draw_in_stock_flux(base: dict[str, str], tmp_path: Path) -> None:
+    weights_after(config_of(base), tmp_path / "run")
+    again = make_task("keyframes", 0, str(tmp_path / "run" / "weights"), config_of(base).options)
+    assert isinstance(again, KeyframeTask) and again.films.lengths == [6, 6]
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "run" / "weights", dtype=torch.bfloat16)
+    assert pipeline("close shot, city.", height=32, width=64, num_inference_steps=1).images[0].size == (64, 32)
+
+
+def test_moments_of_eight_bits_and_a_base_of_four_train_and_resume(base: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'cinema[quant]'")
+    config = config_of(base, optimizer="adamw8bit", options={"lora": 8, "quantise": True})
+    own = weights_after(config, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-0000004.safetensors").unlink()
+    task = make_task("keyframes", 0, config.init, config.options)
+    kinds = {type(layer).__name__ for layer in task.model.modules()}
+    assert "Linear4bit" in kinds
+    resumed = run_training(config, task, tmp_path / "run", resume=True).task.model.state_dict()
+    assert all(torch.equal(own[k], resumed[k].float()) for k in own if "lora" in k)
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is(base: dict[str, str], tmp_path: Path) -> None:
+    def refused(words: str, **changes: object) -> None:
+        config = config_of(base, **changes)
+        with pytest.raises(UserError, match=words):
+            check_memory(config)
+            run_training(config, make_task("keyframes", 0, config.init, config.options), tmp_path / "x", resume=False)
+
+    refused(
+        r"stage 2: 7 pairs, but the longest film has 6 shots",
+        stages=[{"steps": 1, "batch": 1}, {"steps": 1, "batch": 1, "pairs": 7}],
+    )
+    refused(r"stage 1: 6 pairs do not fit in 5 levels of 1", stages=[{"steps": 1, "batch": 1, "pairs": 6, "group": 1}])
+    refused("no Flux pipeline is there", init=str(tmp_path))
+    refused("unexpected keyword|no_such", options={"memory": {"no_such": 1}})
+    huge = [{"steps": 1, "batch": 100_000, "pairs": 6}]
+    refused(r"about [\d.]+ GiB of memory and [\d.]+ GiB are there; set options.recompute", stages=huge)
+
+
+def test_a_damaged_cache_is_made_again(base: dict[str, str], tmp_path: Path) -> None:
+    options = config_of(base).options | {"cache": str(tmp_path)}
+    task = make_task("keyframes", 0, base["base"], options)
+    (kept,) = tmp_path.iterdir()
+    before = (kept / "000001.safetensors").read_bytes()
+    (kept / "000001.safetensors").write_bytes(before[:1000])
+    with pytest.raises(UserError, match=r"000001.safetensors: .*; run again, and it is made anew"):
+        task.latents.read(1, "8")
+    make_task("keyframes", 0, base["base"], options)
+    assert (kept / "000001.safetensors").read_bytes() == before

@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from cinema.budget import Work, parameters, peak_bytes, transformer_config
 from cinema.config import KeyframeSettings, preset
 from cinema.errors import UserError
 from cinema.flow import add_noise, sample_sigma, velocity
@@ -32,7 +33,7 @@ from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames, load_
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
-from cinema.training.config import Stage
+from cinema.training.config import Stage, TrainConfig
 from cinema.training.loop import At
 from cinema.training.stories import Cache, FilmTask, save_pipeline
 from cinema.training.text import clip_text_tower, make_tokenizer, reading_error
@@ -121,6 +122,25 @@ class KeyframeTask(FilmTask):
     compiled: bool = False  #: torch.compile for every block
     memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
 
+    @classmethod
+    def needed_bytes(cls, config: TrainConfig) -> int:
+        """As the budget counts it, for the largest stage; of models that start from weights."""
+        told = config.options
+        if not config.init:
+            return 0
+        settings = preset(told.get("preset", "toy")).remembering(**told.get("memory", {})).keyframes
+        shape, side = transformer_config(config.init), settings.height // PATCH
+        work = Work("lora" if told.get("lora") else "full", bool(told.get("recompute")), rank=told.get("lora") or 1)
+        most = 0
+        for stage in config.stages:
+            count = levels(side, settings.memory_levels, settings.memory_ratio)
+            group = stage.group or stage.pairs
+            sides = [count[min(i // group, len(count) - 1)] for i in range(stage.pairs)] * -(
+                -stage.batch // config.accumulate
+            )
+            most = max(most, peak_bytes(shape, sides, settings.text_tokens, work))
+        return most - bool(told.get("quantise")) * parameters(shape) * 3 // 2  # half a byte for two
+
     def build(self) -> KeyframeLearner:
         """A transformer, and the planner that it is to draw for."""
         chosen = preset(self.preset).remembering(**self.memory)
@@ -147,6 +167,10 @@ class KeyframeTask(FilmTask):
         kept = {str(side): encode_frames(self.planner.vae, small).bfloat16() for side, small in sizes.items()}
         states, pooled = zip(*(self.text(line) for line in [*self.films.variants(film), ""]), strict=True)
         return kept | {"states": torch.stack(states).bfloat16(), "pooled": torch.stack(pooled).bfloat16()}
+
+    def check(self, stage: Stage) -> None:
+        """As in `Task`."""
+        self._layout(stage, 0), self._windows(stage.pairs)
 
     def batch(self, stage: Stage, at: At) -> Batch:
         """Windows of films, told and noised."""

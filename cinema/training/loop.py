@@ -79,6 +79,11 @@ class Task:
         torch.manual_seed(self.seed)
         self.model = self.build()
 
+    @classmethod
+    def needed_bytes(cls, config: TrainConfig) -> int:
+        """Memory that a run needs at least; 0 where nobody knows."""
+        return 0
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -94,6 +99,9 @@ class Task:
     def build(self) -> Any:
         """The model that is trained; also loads what else the task needs."""
         raise NotImplementedError
+
+    def check(self, stage: Stage) -> None:
+        """UserError or ValueError if the data has no batch for this stage."""
 
     def batch(self, stage: Stage, at: At) -> Any:
         """What `loss` is given: a function of the seed and `at`, made beside the step before. Here, the step's number.
@@ -255,6 +263,11 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
+    for number, stage in enumerate(config.stages, 1):
+        try:
+            task.check(stage)
+        except (UserError, ValueError) as error:
+            raise UserError(f"stage {number}: {error}; correct the config") from None
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
     model = task.model.to(accelerator.device)
     ema = {k: v.detach().clone() for k, v in trained(model).items()}

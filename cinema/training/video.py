@@ -83,6 +83,10 @@ class VideoTask(FilmTask):
         self.clips = Cache(self.cache, self.toys, [vae], (self.settings.height, self.settings.frames), self.encode)
         return VideoLearner(transformer)
 
+    def check(self, stage: Stage) -> None:
+        """As in `Task`."""
+        strided(random.Random(0), self.shots, stage.pairs, stride=1)
+
     def encode(self, film: int) -> dict[str, BFloat16[Tensor, "m _s c"]]:
         """Every shot's clip."""
         movie = self.toys.movie(film)
