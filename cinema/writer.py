@@ -1,20 +1,19 @@
 """From a paragraph of plain English to a story: a language model where one is configured, else our own reader.
 
-`cinema.storyline` turns sentences into beats; here every beat is staged as a shot in the toy world's grammar, and what
-the text leaves open is chosen, always the same way, and said."""
+`cinema.storyline` turns sentences into beats; here every beat becomes a shot in the toy world's grammar, and what the
+text leaves open is chosen, always the same way."""
 
 import json
 import os
 import random
 import re
-import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 
 from cinema.chat import SETTINGS, AnswerError, Endpoint, Reply, connect, converse, endpoint_from_environment
 from cinema.errors import UserError
 from cinema.story import MAX_SHOTS, Story, parse_story
-from cinema.storyline import LOOKS, Beat, StorylineReader
+from cinema.storyline import Beat, StorylineReader
 from cinema.toyworld import world
 from cinema.toyworld.world import Actor, Look, Setup
 
@@ -23,7 +22,7 @@ MAX_CHARACTERS = 200_000  # of a storyline; a novel of 5,000 shots is about as l
 
 @dataclass(frozen=True)
 class WrittenStory:
-    """A story, what was understood or chosen on the way, and the words that nothing was made of."""
+    """A story, what was understood, with the looks chosen on the way, and the words that nothing was made of."""
 
     story: Story
     understood: list[str]
@@ -73,83 +72,51 @@ def _free(size: str, actors: int) -> list[str]:
     return usual[actors][: 2 if (size, actors) == ("medium", 2) else 3] if fits else []
 
 
-def _stage(beats: list[Beat], cast: list[str], place: str) -> tuple[list[Setup], list[str]]:
-    """Beats as setups, the first of them at `place`; what the text leaves open is chosen, and told beside them.
-
-    Mere directions go with the shot before or after.
-    """
-    setups, chosen, carried, camera_given = list[Setup](), list[str](), dict[str, str](), False
-    for beat in beats:
-        if not beat.actors and "place" not in beat.setting:
-            if set(beat.setting) == {"camera"} and setups and not camera_given and not carried:
-                setups[-1] = replace(setups[-1], camera=beat.setting["camera"])
-                continue
-            if beat is not beats[-1]:
-                carried |= beat.setting
-                continue
-        setting, carried = carried | beat.setting, {}
-        actors = list(beat.actors) or ([a.tag for a in setups[-1].actors] if setups else cast[:1])
-        groups = [actors[n : n + 3] for n in range(0, len(actors), 3)]
-        if setting.get("size") == "close":
-            groups = [[a] for a in actors if a not in beat.objects] or [actors[:1]]
-        for group in groups:
-            setup = _setup(group, beat, setting, setups[-1] if setups else None, setting.get("place", place))
-            setups.append(setup)
-            place, camera_given = setup.place, "camera" in setting
-            if picked := [
-                getattr(setup, kind) for kind in ("size", "camera") if setting.get(kind) != getattr(setup, kind)
-            ]:
-                chosen.append(f"shot {len(setups)}: {', '.join(picked)}")
-    return setups, chosen
-
-
-def _setup(group: list[str], beat: Beat, setting: dict[str, str], before: Setup | None, place: str) -> Setup:
-    """The shot of a beat that shows this group; `before` is the last one."""
-    actions = [beat.actors.get(tag) or "standing" for tag in group]
-    centred = len(group) == 2 and "center" in map(beat.positions.get, group)
-    fits = ["wide"] if centred else [size for size in ("wide", "medium", "close") if _free(size, len(group))]
-    if setting.get("size") in fits:
-        size = setting["size"]
-    elif before is None or place != before.place or fits == ["wide"]:
-        size = "wide"
-    else:  # close now and then
-        still = not {"walking", "jumping"} & set(actions)
-        size = "close" if "close" in fits and still and before.size != "close" else "medium"
-    usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
-    told = [beat.positions.get(tag) for tag in group]
-    orders = permutations(_free(size, len(group)), len(group))
-    spots = max(orders, key=lambda order: sum(spot == wish for spot, wish in zip(order, told, strict=True)))
-    return Setup(place, size, setting.get("camera", usual), tuple(map(Actor, group, spots, actions)))
-
-
 def _read(storyline: str, title: str | None) -> WrittenStory:
+    """Beats become shots, of as many actors as fit, where the last one was if the text does not say."""
     reader = StorylineReader(storyline)
-    places = [b.setting["place"] for b in reader.beats if "place" in b.setting]
-    setups, chosen = _stage(reader.beats, list(reader.cast), places[0] if places else "forest")
+    places = [beat.setting["place"] for beat in reader.beats if "place" in beat.setting]
+    setups, actors, place = list[Setup](), list(reader.cast)[:1], [*places, "forest"][0]
+    for beat in reader.beats:
+        actors, place = list(beat.actors) or actors, beat.setting.get("place", place)
+        most = 1 if beat.setting.get("size") == "close" else 3
+        for group in (actors[n : n + most] for n in range(0, len(actors), most)):
+            setups.append(_setup(group, beat, place, setups[-1] if setups else None))
     if len(setups) > MAX_SHOTS:
         raise UserError(f"the storyline makes {len(setups)} shots; a story holds at most {MAX_SHOTS}, split it")
     looks, notes = _looks(reader.cast)
     notes = reader.understood + notes + ["no set is named, so it is a forest"] * (not places)
-    notes += [f"chosen, as the text does not say: {'; '.join(chosen)}"] if chosen else []
-    cast = {actor.tag: looks[actor.tag] for setup in setups for actor in setup.actors}
-    people = " and ".join(tag[1:-1].capitalize() for tag in list(cast)[:2])
+    people = " and ".join(tag[1:-1].capitalize() for tag in list(looks)[:2])
     title = (title or reader.heading or f"{people}: {setups[0].place}")[:200]
     sets = {setup.place: world.sample_set(setup.place, random.Random(title)) for setup in setups}
-    return WrittenStory(world.Movie(title, cast, sets, setups).story(), notes, reader.left_out)
+    return WrittenStory(world.Movie(title, looks, sets, setups).story(), notes, reader.left_out)
+
+
+def _setup(group: list[str], beat: Beat, place: str, last: Setup | None) -> Setup:
+    """The shot of a beat that shows this group; a set is seen from afar at first, and close now and then."""
+    actions = [beat.actors.get(tag) or "standing" for tag in group]
+    size, moving = "wide", {"walking", "jumping"} & set(actions)
+    if last and last.place == place:
+        size = "medium" if moving or len(group) > 1 or last.size == "close" else "close"
+    size = beat.setting.get("size", size)
+    size = size if _free(size, len(group)) else "wide"
+    usual = "pan right" if "walking" in actions else "push in" if size == "close" else "static"
+    told = [beat.positions.get(tag) for tag in group]
+    orders = permutations(_free(size, len(group)), len(group))
+    spots = max(orders, key=lambda order: sum(spot == wish for spot, wish in zip(order, told, strict=True)))
+    return Setup(place, size, beat.setting.get("camera", usual), tuple(map(Actor, group, spots, actions)))
 
 
 def _looks(cast: dict[str, dict[str, str]]) -> tuple[dict[str, Look], list[str]]:
-    """What the text says of looks, the rest by the name's hash, and said; no colour twice while there are enough."""
-    looks, notes = dict[str, Look](), list[str]()
-    taken = {given["colour"] for given in cast.values() if "colour" in given}
+    """What the text says of looks, and the rest by lot, and said; no colour twice while there are enough."""
+    looks, notes, taken = dict[str, Look](), list[str](), {given.get("colour") for given in cast.values()}
     for tag, given in cast.items():
-        colours, seed = [c for c in world.COLOURS if c not in taken] or list(world.COLOURS), zlib.crc32(tag.encode())
-        hashed = zip(LOOKS, (colours, world.SHAPES, world.HATS), (1, 11, 101), strict=True)
-        own = {kind: words[seed // skip % len(words)] for kind, words, skip in hashed if kind not in given}
-        looks[tag] = Look(**own | given)
+        fitting = [look for look in world.all_looks() if given.items() <= vars(look).items()]
+        unlike = [look for look in fitting if look.colour not in taken]
+        looks[tag] = random.Random(tag).choice(unlike or fitting)
         taken.add(looks[tag].colour)
-        said = f" ({', '.join(own.values())} chosen, as the text does not say)" if own else ""
-        notes.append(f"{tag} is {looks[tag]}{said}")
+        own = ", ".join(word for kind, word in vars(looks[tag]).items() if kind not in given)
+        notes.append(f"{tag} is {looks[tag]}" + f" ({own} chosen, as the text does not say)" * bool(own))
     return looks, notes
 
 
