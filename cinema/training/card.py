@@ -47,7 +47,7 @@ def write_card(run: "Run", folder: Path) -> None:
     hours = sum(line.get("seconds", 0.0) for line in run.log) / 3600
     figures = "".join(f"- {name}: {value:g}\n" for name, value in (run.log[-1] if run.log else {}).items())
     processes, device = run.accelerator.num_processes, run.accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {platform.machine()} CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU ({platform.machine()})"
     machine = f"{name}, {processes} processes" if processes > 1 else name
     # fmt: off
     text = CARD.format(

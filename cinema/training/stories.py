@@ -37,7 +37,7 @@ class Cache:
         encode: Callable[[int], Mapping[str, Tensor]],
     ) -> None:
         self.folder = folder / f"{films.name}-{fingerprint(encoders, settings)}"
-        process = PartialState()
+        process = PartialState(cpu=not torch.cuda.is_available())
         for film in range(process.process_index, len(films.lengths), process.num_processes):
             if not self._readable(film):
                 with atomic(self._path(film)) as part:
