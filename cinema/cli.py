@@ -290,6 +290,24 @@ _bench_model(
 )
 
 
+@bench.command("train")
+def bench_train(
+    pairs: Pairs = "8",
+    width: Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)] = 768,
+    double: Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)] = 4,
+    single: Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1)] = 5,
+    batch: Annotated[int, typer.Option(help="Windows a step.", min=1)] = 1,
+    lora: Annotated[int | None, typer.Option(help="Rank of adapters; without it all is trained.", min=1)] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing.")] = False,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Measure steps of training as they are done: time, pairs a second, share of the machine's peak."""
+    told = preset, pairs, width, double, single, steps, batch, lora, recompute
+    _show(_watch("cinema.bench_train:bench_train", *told), json)
+
+
 @app.command()
 def doctor(json: Json = None) -> None:
     """Say what this machine can run."""

@@ -170,11 +170,11 @@ class KeyframeTask(FilmTask):
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
-        self._layout(stage, 0), self._windows(stage.pairs)
+        self.layout(stage, 0), self._windows(stage.pairs)
 
     def batch(self, stage: Stage, at: At) -> Batch:
         """Windows of films, told and noised."""
-        windows, layout = self._windows(stage.pairs), self._layout(stage, at.step)
+        windows, layout = self._windows(stage.pairs), self.layout(stage, at.step)
         chosen = [windows[position] for position in at.all]
         rngs = [random.Random(f"{self.seed}/{position}") for position in at.all]
         captions = [self._tell(window, rng) for window, rng in zip(chosen, rngs, strict=True)]
@@ -287,7 +287,7 @@ class KeyframeTask(FilmTask):
             self._streams[pairs] = Windows(self.films.lengths, pairs, self.seed, self.stride, self.max_shared)
         return self._streams[pairs]
 
-    def _layout(self, stage: Stage, step: int) -> Layout:
+    def layout(self, stage: Stage, step: int) -> Layout:
         """Who sits at which level in this step: the newest first, or, for a share of the steps, by chance."""
         s, rng, pairs = self.settings, random.Random(f"{self.seed}/rank {step}"), stage.pairs
         rank = (*rng.sample(range(1, pairs), pairs - 1), 0) if rng.random() < self.shuffled else None

@@ -4,6 +4,7 @@ All randomness of a step is a function of (seed, step), so the position in the d
 is exact: on the CPU an interrupted run ends with the same bits as an uninterrupted one.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -19,10 +20,12 @@ from typing import Any
 import pydantic.dataclasses
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cinema.config import WEIGHTS
 from cinema.errors import UserError
@@ -159,6 +162,11 @@ class Run:
         """True for the one process that writes."""
         return self.accelerator.is_main_process
 
+    @property
+    def sharded(self) -> bool:
+        """True if processes share the weights, each holding a part of them."""
+        return any(isinstance(value, DTensor) for value in self.ema.values())
+
 
 def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_progress: Progress = quiet) -> Run:
     """Train `task` in folder `out`; writes logs, samples, checkpoints and, at the end, `out/weights`.
@@ -167,13 +175,12 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
     launch` every process takes its part of every batch. UserError if `out` holds another run, or the loss is not a
     number any more or explodes.
     """
-    run = _start(config, task, out, resume)
+    run = start_run(config, task, out, resume)
     clock, since = time.monotonic(), run.step
-    with ThreadPoolExecutor(1) as beside:
-        batches = _batches(run, beside)
+    with batches_of(run) as batches:
         while run.step < config.total_steps:
             stage = config.stage_at(run.step)
-            for name, value in _one_step(run, stage, next(batches)).items():
+            for name, value in one_step(run, stage, next(batches)).items():
                 run.figures.setdefault(name, []).extend([value] * math.isfinite(value))
             run.step += 1
             last = run.step == config.total_steps
@@ -186,43 +193,49 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
                 run.log.append({"step": run.step, **{k: round(v, 6) for k, v in told.items()}})
                 run.accelerator.log(told, run.step)
                 on_progress(run.step, config.total_steps, f"loss {told['loss']:.4f}")
-            if run.main:
-                if last or run.step % config.log_every == 0:
-                    _write_log(run)
-                if last or run.step % config.save_every == 0:
-                    _save_checkpoint(run)
-                if run.step % config.sample_every == 0:
-                    with averaged(run):
-                        task.sample(out / "samples" / f"{run.step:07d}.png", stage)
-    if run.main:
-        with averaged(run):
-            task.save(out / "weights")
+                _write_log(run)
+            if last or run.step % config.save_every == 0:
+                _save_checkpoint(run)
+            if run.step % config.sample_every == 0:
+                with averaged(run) as whole:
+                    if run.main:
+                        whole.sample(out / "samples" / f"{run.step:07d}.png", stage)
+    with averaged(run) as whole:
+        if run.main:
+            whole.save(out / "weights")
             write_card(run, out / "weights")
-            task.sample(out / "samples" / "final.png", config.stages[-1])
+            whole.sample(out / "samples" / "final.png", config.stages[-1])
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return run
 
 
-def _batches(run: Run, beside: ThreadPoolExecutor) -> Iterator[list[Any]]:
+@contextmanager
+def batches_of(run: Run) -> Iterator[Iterator[list[Any]]]:
     """The parts of each step's batch that this process takes; the next step's are made beside this one's work."""
+    config, accelerator = run.config, run.accelerator
 
     def make(step: int) -> list[Any]:
-        config, processes = run.config, run.accelerator.num_processes
-        stage, first = config.stage_at(step), run.accelerator.process_index * config.accumulate
-        at = At(step, config.position(step), stage.batch, parts=processes * config.accumulate)
-        if stage.batch % at.parts:
-            split = f"{processes} processes and {config.accumulate} passes"
+        stage, parts = config.stage_at(step), accelerator.num_processes * config.accumulate
+        at = At(step, config.position(step), stage.batch, parts=parts)
+        if stage.batch % parts:
+            split = f"{accelerator.num_processes} processes and {config.accumulate} passes"
             raise UserError(
                 f"a batch of {stage.batch} cannot be split evenly among {split}; change batch or accumulate"
             )
+        first = accelerator.process_index * config.accumulate
         return [run.task.batch(stage, replace(at, part=first + i)) for i in range(config.accumulate)]
 
-    coming = beside.submit(make, run.step)
-    for step in range(run.step + 1, run.config.total_steps + 1):
-        ready = coming.result()
-        coming = beside.submit(make, min(step, run.config.total_steps - 1))
-        yield ready
+    with ThreadPoolExecutor(1) as beside:
+
+        def stream() -> Iterator[list[Any]]:
+            coming = beside.submit(make, run.step)
+            for step in range(run.step + 1, config.total_steps + 1):
+                ready = coming.result()
+                coming = beside.submit(make, min(step, config.total_steps - 1))
+                yield ready
+
+        yield stream()
 
 
 class HalfPrecision(nn.Module):
@@ -243,17 +256,38 @@ class HalfPrecision(nn.Module):
 
 
 @contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Within this block the task's model holds the averaged weights."""
+def averaged(run: Run) -> Iterator[Task]:
+    """A task whose model holds the averaged weights: the run's own within this block; a whole one of sharded weights.
+
+    All processes have to come here; only the main one's is to be used.
+    """
     model = run.task.model
+    if run.sharded:
+        state = {k: _gathered(v) for k, v in run.ema.items()}
+        task = dataclasses.replace(run.task)  # in all of them: a task waits for the others
+        task.model.load_state_dict(state, strict=False)
+        yield task
+        return
     own = {k: v.clone() for k, v in trained(model).items()}
     model.load_state_dict(run.ema, strict=False)
     model.eval()
     try:
-        yield
+        yield run.task
     finally:
         model.load_state_dict(own, strict=False)
         model.train()
+
+
+def _gathered(value: Tensor) -> Tensor:
+    """A tensor that several processes share as a whole one, which takes all of them."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _shared(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` is shared among processes, if it is and this has its shape."""
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return value
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -262,7 +296,8 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
+def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
+    """A run in a folder, at its beginning or at its newest checkpoint; errors as in `run_training`."""
     for number, stage in enumerate(config.stages, 1):
         try:
             task.check(stage)
@@ -270,27 +305,30 @@ def _start(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
             raise UserError(f"stage {number}: {error}; correct the config") from None
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
     model = task.model.to(accelerator.device)
+    sharded = accelerator.distributed_type == DistributedType.FSDP  # which casts by itself
+    learner = HalfPrecision(model) if config.precision == "bf16" and not sharded else model
+    learner, *optimizers = accelerator.prepare(learner, *make_optimizers(config, model))
     ema = {k: v.detach().clone() for k, v in trained(model).items()}
-    run = Run(config, task, out, model, make_optimizers(config, model), ema, accelerator)
+    run = Run(config, task, out, learner, optimizers, ema, accelerator)
     if newest := latest_checkpoint(out):
         if not resume:
             raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
         _load_checkpoint(run, newest)
+    _write_log(run)
     if run.main:
         write_json(out / "config.json", config.model_dump(mode="json"))
-        _write_log(run)
         (out / "samples").mkdir(exist_ok=True)
     accelerator.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
-    learner = HalfPrecision(model) if config.precision == "bf16" else model
-    run.model, *run.optimizers = accelerator.prepare(learner, *run.optimizers)
     return run
 
 
 def _write_log(run: Run) -> None:
-    write_text(run.out / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in run.log))
+    if run.main:
+        write_text(run.out / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in run.log))
 
 
-def _one_step(run: Run, stage: Stage, batches: list[Any]) -> dict[str, float]:
+def one_step(run: Run, stage: Stage, batches: list[Any]) -> dict[str, float]:
+    """Train on the parts of a step's batch; gives its figures. The caller counts the step."""
     run.model.train()
     torch.manual_seed(hash((run.config.seed, run.step)) % 2**31)  # dropout, if a model has any
     run.model.zero_grad()
@@ -346,7 +384,7 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> list[torch.optim.O
             continue
         odd = any(x in name for x in ("norm", "scale_shift", "conv_shortcut"))
         if config.muon_lr and parameter.ndim > 1 and "blocks." in name and not odd:
-            parts["dense"].append(_as_matrix(parameter))
+            parts["dense"].append(parameter if parameter.ndim == 2 else _as_matrix(parameter))
         else:
             parts["bias" if "relative_attention_bias" in name else "rest"].append(parameter)
     groups: list[dict[str, Any]] = [{"params": parts["rest"], "lr": config.lr}]
@@ -398,30 +436,35 @@ def _save_checkpoint(run: Run) -> None:
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state if isinstance(v, Tensor)}
             tensors |= {f"optimizer.{i}.{j}.{k}{NUMBER}": torch.tensor(v) for k, v in state if isinstance(v, int)}
     told = {name: getattr(run, name) for name in PROGRESS} | {"config": run.config.model_dump(mode="json")}
+    kept = {k: _gathered(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+    if not run.main:
+        return
     write_card(run, run.out)
     with atomic(run.out / f"checkpoint-{run.step:07d}.safetensors") as part:
-        kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(kept, part, {k: json.dumps(v) for k, v in told.items()})
     for old in sorted(run.out.glob(CHECKPOINTS))[: -run.config.keep]:
         old.unlink()
 
 
+@torch.no_grad()
 def _load_checkpoint(run: Run, path: Path) -> None:
     """Put a run back to where the checkpoint was written."""
-    with safe_open(path, "pt", device=str(run.accelerator.device)) as file:
+    with safe_open(path, "pt") as file:
         told = {k: json.loads(v) for k, v in file.metadata().items()}
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors = {k: file.get_tensor(k).to(run.accelerator.device) for k in file.keys()}  # noqa: SIM118
     if not {*PROGRESS} <= {*told} or told["config"] != run.config.model_dump(mode="json"):
         raise UserError(f"{run.out} holds a run with another config; choose another folder or remove it")
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    vars(run).update({name: told[name] for name in PROGRESS}, ema=under("ema."))
-    run.task.model.load_state_dict(under("model."), strict=False)
+    vars(run).update({name: told[name] for name in PROGRESS})
+    for kept, own in ((under("ema."), run.ema), (under("model."), trained(run.task.model))):
+        for name, value in own.items():
+            value.copy_(_shared(kept[name], value))
     for i, optimizer in enumerate(run.optimizers):
         for j, parameter in enumerate(_parameters(optimizer)):
-            kept = under(f"optimizer.{i}.{j}.")
+            kept = {k: _shared(v, parameter) for k, v in under(f"optimizer.{i}.{j}.").items()}
             numbers = {k.removesuffix(NUMBER): v.item() for k, v in kept.items() if k.endswith(NUMBER)}
             optimizer.state[parameter] = {k: v for k, v in kept.items() if not k.endswith(NUMBER)} | numbers
 
