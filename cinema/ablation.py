@@ -167,10 +167,7 @@ def _judge(
     planner, told = _planner(chosen), dict[str, Any](identity=[], psnr=[])
     for i in range(stories):
         movie, known = _return(f"heldout/{seed}/{i}", shots, chosen.keyframes)
-        story, captions = movie.story(), movie.captions()
-        if UNTOLD in changes:
-            bare = movie.captions(known=movie.cast)
-            story.shots = [s.model_copy(update={"caption": c}) for s, c in zip(story.shots, bare, strict=True)]
+        story, captions = movie.story(movie.cast if UNTOLD in changes else ()), movie.captions()
         planned = planner.plan(story, 10_000 * seed + i, None, known)
         images = [None if k.index in known else k.image for k in planned]
         told["identity"].append(score_keyframes(captions, images).identity)

@@ -197,12 +197,16 @@ def toyworld(
 def evaluate(
     stories: Annotated[int, typer.Option(help="How many held-out stories.", min=1)] = 20,
     shots: Shots = 8,
+    looks: Annotated[
+        Literal["train", "unseen", "all"], typer.Option(help="Seen in training, held out, or any.")
+    ] = "train",
+    given: Annotated[int, typer.Option(help="First shots that are shown, and not described.", min=0)] = 0,
     preset: Preset = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
     """Plan held-out toy stories and read from the pixels whether sets, looks and positions are as captioned."""
-    _show(_watch("cinema.evaluation:evaluate_stories", preset, stories, shots, seed), json)
+    _show(_watch("cinema.evaluation:evaluate_stories", preset, stories, shots, seed, looks, given), json)
 
 
 @app.command()

@@ -3,25 +3,28 @@
 A look is described at its character's first appearance only: there it must be drawn as told (*attributes*), later it
 must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from cinema.config import Preset
+from cinema.errors import UserError
 from cinema.keyframes import KeyframePlanner, Pictures
 from cinema.progress import Progress, quiet
 from cinema.story import Story
+from cinema.toyworld.draw import render
 from cinema.toyworld.reader import read_clip, read_keyframe
-from cinema.toyworld.world import Look, parse_caption, sample_movie
+from cinema.toyworld.world import Look, Movie, parse_caption, sample_movie
 
 ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
 LOOK = ATTRIBUTES[:3]
 RESAMPLES = 2_000  # of the bootstrap
+Looks = Literal["train", "unseen", "all"]
 Rows = Sequence[Sequence[bool | float]]  # judgements, or figures, of every story
 
 
@@ -31,6 +34,7 @@ class Scores:
 
     attributes: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
     identity: list[bool] = field(default_factory=list)  #: colour, shape and hat all right, for later appearances
+    together: list[bool] = field(default_factory=list)  #: those of it in shots of several characters
 
     @property
     def first(self) -> list[bool]:
@@ -64,6 +68,7 @@ def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None
             right = {n: found is not None and getattr(found.look, n) == getattr(look, n, None) for n in LOOK}
             if actor.tag not in described:
                 scores.identity.append(all(right.values()))
+                scores.together += scores.identity[-1:] * (len(setup.actors) > 1)
                 continue
             right |= {"set": seen.place == setup.place, "position": found is not None, "size": seen.size == setup.size}
             for name, judged in scores.attributes.items():
@@ -92,38 +97,63 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def evaluate_stories(
-    preset: Preset, stories: int, shots: int, seed: int = 0, on_progress: Progress = quiet
+    preset: Preset,
+    stories: int,
+    shots: int,
+    seed: int = 0,
+    looks: Looks = "train",
+    given: int = 0,
+    on_progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Plan held-out stories and score them; and each story's last shot again, after another story's keyframes.
 
-    Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of who comes back in
-    the last shot) and `wrong_context_identity` (of the same, by the control, which takes two stories), None where
-    nothing was judged; with 95 % intervals over stories in `ci95` and numbers of judgements in `counts`. Progress
-    counts keyframes. UserError if the preset's weights cannot be loaded.
+    The first `given` shots are as the toy world draws them, everybody appears in them, and no caption describes
+    anybody: who comes later is known from pictures alone. Otherwise everything is planned, from descriptions. Of
+    `looks`, "unseen" takes only those that training never showed.
+
+    Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `together` (of it, in shots of several
+    characters), `last_identity` (of who comes back in the last shot) and `wrong_context_identity` (of the same, by the
+    control, which takes two stories), None where nothing was judged; with 95 % intervals over stories in `ci95` and
+    numbers of judgements in `counts`. Progress counts keyframes. UserError if the preset's weights cannot be loaded, or
+    no shot is left to plan.
     """
+    if given >= shots:
+        raise UserError(f"{given} of {shots} shots are given, so there is nothing to plan; ask for more shots")
     planner = KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
-    told = [sample_movie(f"heldout/{seed}/{i}", shots).story() for i in range(stories)]
-    done, controls = count(1), range(stories if stories > 1 else 0)
+    movies = _movies(f"heldout/{seed}", stories, shots, looks, given)
+    height, told = preset.keyframes.height, [movie.story() for movie in movies]
+    shown = [{i: render(movie, shot, height) for i, shot in enumerate(movie.shots[:given])} for movie in movies]
+    done, controls = itertools.count(1), range(stories if stories > 1 else 0)
 
     def draw(story: Story, known: Pictures) -> list[Image.Image]:
         images = []
         for keyframe in planner.iterate(story, seed, None, known):
             images.append(keyframe.image)
             if keyframe.index not in known:
-                on_progress(next(done), stories * shots + len(controls), story.title)
+                on_progress(next(done), stories * (shots - given) + len(controls), story.title)
         return images
 
-    drawn = [draw(story, {}) for story in told]
-    mixed = [draw(other_context(told[i], told[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
-    scores = [_score(*pair) for pair in zip(told, drawn, strict=True)]
+    asked = [movie.story(movie.cast if given else ()) for movie in movies]
+    drawn = [draw(story, known) for story, known in zip(asked, shown, strict=True)]
+    mixed = [draw(other_context(asked[i], asked[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
+    scores = [_score(story, images[given:]) for story, images in zip(told, drawn, strict=True)]
     rows = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
+    rows["together"] = [s.together for s in scores]
     for name, films in (("last_identity", drawn), ("wrong_context_identity", mixed)):
         rows[name] = [_score(story, images[-1:]).identity for story, images in zip(told, films, strict=False)]
     figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
+    figures |= {"looks": looks, "given": given}
     figures |= {name: share(own) for name, own in rows.items()}
     figures["by_attribute"] = {name: share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
     figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
     return figures | {"counts": {name: sum(map(len, own)) for name, own in rows.items()}}
+
+
+def _movies(seed: str, count: int, shots: int, looks: Looks, given: int) -> list[Movie]:
+    """Held-out movies, of which everybody appears in the first `given` shots, if there are such."""
+    every = (sample_movie(f"{seed}/{i}", shots, looks) for i in itertools.count())
+    seen = (m for m in every if not given or {*m.cast} == {a.tag for s in m.shots[:given] for a in s.actors})
+    return [*itertools.islice(seen, count)]
 
 
 def other_context(story: Story, other: Story) -> Story:

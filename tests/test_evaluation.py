@@ -11,6 +11,7 @@ from PIL import Image
 
 from cinema import evaluation as module
 from cinema.config import TOY, Preset
+from cinema.errors import UserError
 from cinema.evaluation import (
     ATTRIBUTES,
     bootstrap,
@@ -155,11 +156,32 @@ class Rememberer:
 def test_the_control_tells_memory_from_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KeyframePlanner", Rememberer)
     steps: list[tuple[int, int]] = []
-    figures = evaluate_stories(TOY, 3, 3, 0, lambda done, total, what: steps.append((done, total)))
+    figures = evaluate_stories(TOY, 3, 3, 0, on_progress=lambda done, total, what: steps.append((done, total)))
     assert figures["attributes"] == figures["identity"] == figures["last_identity"] == 1
     assert figures["wrong_context_identity"] < 0.5
     assert figures["ci95"]["identity"] == [1, 1] and steps[-1] == (12, 12)
     assert figures["counts"]["wrong_context_identity"] == figures["counts"]["last_identity"] > 0
+
+
+def test_who_is_only_shown_is_judged_by_the_shots_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Story, dict[int, Image.Image]]] = []
+
+    class Looker(Rememberer):
+        def iterate(self, story: Story, seed: int, on_progress: object, known: dict[int, Image.Image]) -> Iterator:
+            asked.append((story, known))
+            return super().iterate(story, seed, on_progress, known)
+
+    monkeypatch.setattr(module, "KeyframePlanner", Looker)
+    figures = evaluate_stories(TOY, 2, 9, 0, looks="unseen", given=6)
+    assert len(asked) == 4 and all({*known} == {*range(6)} for _, known in asked[:2])
+    assert not any(":" in shot.caption for story, _ in asked for shot in story.shots), "nobody is described"
+    assert figures["attributes"] is None and figures["counts"]["identity"] > 0
+    assert figures["identity"] < 0.5, "who never looks at pictures does not know anybody"
+    assert 0 < figures["counts"]["together"] < figures["counts"]["identity"]
+    movies = module._movies("heldout/0", 2, 9, "unseen", 6)
+    assert all(look.held_out for movie in movies for look in movie.cast.values())
+    with pytest.raises(UserError, match="8 of 8 shots are given, so there is nothing to plan"):
+        evaluate_stories(TOY, 2, 8, given=8)
 
 
 def test_untrained_weights_go_through_and_know_nothing(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ class Movie:
             lines.append(" ".join([*words, f"{shot.camera}."]))
         return lines
 
-    def story(self) -> Story:
-        """The movie as a `Story`, without pictures."""
-        told = zip(self.captions(), self.shots, strict=True)
+    def story(self, known: Iterable[str] = ()) -> Story:
+        """The movie as a `Story`, without pictures; captions as above."""
+        told = zip(self.captions(known), self.shots, strict=True)
         shots = [Shot(caption=line, set=shot.place, duration=FRAMES / FPS) for line, shot in told]
         cast = [Character(tag=tag, description=str(look)) for tag, look in self.cast.items()]
         return Story(title=self.title, cast=cast, sets=[Place(name=p) for p in self.sets], shots=shots)

@@ -171,9 +171,9 @@ class Run:
 def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_progress: Progress = quiet) -> Run:
     """Train `task` in folder `out`; writes logs, samples, checkpoints and, at the end, `out/weights`.
 
-    With `resume` it goes on from the newest good checkpoint in `out`, or starts if there is none. Under `accelerate
-    launch` every process takes its part of every batch. UserError if `out` holds another run, or the loss is not a
-    number any more or explodes.
+    With `resume` it goes on from the newest good checkpoint in `out`, or starts if there is none. Several processes,
+    as ``accelerate launch`` starts them, take a part of every batch each. UserError if `out` holds another run, or the
+    loss is not a number any more or explodes.
     """
     run = start_run(config, task, out, resume)
     clock, since = time.monotonic(), run.step
