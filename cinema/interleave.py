@@ -231,7 +231,7 @@ def _ahead(shots: int, pairs: int, stride: int) -> list[list[int]]:
 
 
 def most_windows(shots: int, pairs: int, max_shared: float) -> int | None:
-    """A bound on how many windows can be pairwise different enough, whatever their steps; None if this counting gives none.
+    """A bound on how many windows, with any steps, share so little pairwise; None if this counting gives none.
 
     If `m` windows use shot e in d(e) of them, then sum C(d(e), 2) counts every shared shot once, so it is at most
     C(m, 2) times the shots that two may share; and it is smallest when the m * pairs uses are spread evenly.

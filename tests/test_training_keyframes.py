@@ -9,10 +9,12 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
+from cinema import curation
 from cinema.config import TOY
 from cinema.errors import UserError
 from cinema.goldenmem import shrink
 from cinema.keyframes import encode_frames
+from cinema.toyworld.film import write_film
 from cinema.toyworld.world import sample_movie
 from cinema.training import check_memory, make_task
 from cinema.training.autoencoder import to_tensor
@@ -299,3 +301,18 @@ def test_a_damaged_cache_is_made_again(base: dict[str, str], tmp_path: Path) -> 
         task.latents.read(1, "8")
     make_task("keyframes", 0, base["base"], options)
     assert (kept / "000001.safetensors").read_bytes() == before
+
+
+def test_a_run_goes_on_only_on_the_same_films(base: dict[str, str], tmp_path: Path) -> None:
+    for seed in range(2):
+        write_film(sample_movie(seed, 5), tmp_path / f"film{seed}.mp4", height=128)
+    films, out = curation.find_films([str(tmp_path)], str(tmp_path / "out")), str(tmp_path / "out")
+    curation.curate(films, out, annotator=curation.GroundTruthAnnotator(), height=128)
+    config = config_of(base, options={"data": out, "cache": str(tmp_path / "cache")})
+    weights_after(config, tmp_path / "run")
+    card = (tmp_path / "run" / "weights" / "README.md").read_text()
+    assert "captioned keyframes of 2 films (out-" in card
+    (tmp_path / "out" / "film1.done.json").unlink()
+    task = make_task("keyframes", 0, config.init, config.options)
+    with pytest.raises(UserError, match=r"the films have changed from out-.* since this run began"):
+        run_training(config, task, tmp_path / "run", resume=True)

@@ -103,6 +103,11 @@ class Task:
         """The model that is trained; also loads what else the task needs."""
         raise NotImplementedError
 
+    @property
+    def data_name(self) -> str:
+        """What tells the data from other data; a run goes on only on the same."""
+        return ""
+
     def check(self, stage: Stage) -> None:
         """UserError or ValueError if the data has no batch for this stage."""
 
@@ -435,7 +440,8 @@ def _save_checkpoint(run: Run) -> None:
             state = optimizer.state[parameter].items()
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in state if isinstance(v, Tensor)}
             tensors |= {f"optimizer.{i}.{j}.{k}{NUMBER}": torch.tensor(v) for k, v in state if isinstance(v, int)}
-    told = {name: getattr(run, name) for name in PROGRESS} | {"config": run.config.model_dump(mode="json")}
+    told = {name: getattr(run, name) for name in PROGRESS} | {"data": run.task.data_name}
+    told["config"] = run.config.model_dump(mode="json")
     kept = {k: _gathered(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
     if not run.main:
         return
@@ -454,6 +460,9 @@ def _load_checkpoint(run: Run, path: Path) -> None:
         tensors = {k: file.get_tensor(k).to(run.accelerator.device) for k in file.keys()}  # noqa: SIM118
     if not {*PROGRESS} <= {*told} or told["config"] != run.config.model_dump(mode="json"):
         raise UserError(f"{run.out} holds a run with another config; choose another folder or remove it")
+    if told["data"] != run.task.data_name:
+        changed = f"the films have changed from {told['data']} to {run.task.data_name}"
+        raise UserError(f"{run.out}: {changed} since this run began; bring them back or choose another folder")
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

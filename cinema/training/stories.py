@@ -79,6 +79,11 @@ class FilmTask(Task):
         super().__post_init__()
 
     @property
+    def data_name(self) -> str:
+        """As in `Task`."""
+        return self.films.name
+
+    @property
     def toys(self) -> ToyFilms:
         """The toy movies."""
         return ToyFilms(self.seed, self.movies, self.shots, self.kind)
