@@ -30,15 +30,22 @@ from cinema.progress import Progress, quiet
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import Movie, sample_flashback
 from cinema.training import make_task
+from cinema.training.autoencoder import save_sheet
 from cinema.training.config import Stage, TrainConfig
+from cinema.training.keyframes import PARTS
 from cinema.training.loop import run_training
 
+PICTURES = 6  # films of which a row's picture has the first shot after the return
 SHOTS = 5  # of a scene; there are three, and the return
 SIGMA = 0.85  # noise at which the error of a ratio is measured: where looks are decided
 BUDGET = 1.5  # the ratio whose memory a learned one may not exceed
 LEARNED = "learned"
 MOVIES = 400  # that weights are trained on
-TRAINED = "trained"  # of a row: settings with which the weights are trained on, for `tune` steps
+TRAINED = "trained"  # of a row: options, and stages, with which weights are trained, for `tune` steps in all
+FRESH = "fresh"  # of these: weights from nothing, not the preset's
+FEW = 40  # movies that a model overfits to
+SINGLE, FOUR = {"batch": 24, "pairs": 1}, {"batch": 8, "pairs": 4}
+EIGHT, LONG = {"batch": 4, "pairs": 8, "group": 4}, {"batch": 4, "pairs": 12, "group": 4}
 UNTOLD = "untold"  # of a row: captions tell no looks, as if they had been told before the film began
 
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -53,10 +60,24 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "words": {"looks told": {}, "looks untold": {UNTOLD: True}, "looks told, pictures noise": {"context_sigma": 1.0}},
     "sigma": {str(sigma): {"context_sigma": sigma} for sigma in (0.05, 0.001, 0.25, 0.5, 0.75, 1.0)},
     "mask": {
-        f"{trained}, {mask}, {n} together": {"mask": mask, "window": n, TRAINED: {"mask": trained}}
+        f"{trained}, {mask}, {n} together": {"mask": mask, "window": n, TRAINED: {"memory": {"mask": trained}}}
         for trained in ("causal", "full")
         for mask, n in (("causal", 1), ("full", 1), ("causal", SHOTS), ("full", SHOTS))
     },
+    "stages": {
+        "1, 4, 8, 12 pairs": {TRAINED: {FRESH: True, "stages": [(0.25, x) for x in (SINGLE, FOUR, EIGHT, LONG)]}},
+        "12 at once": {TRAINED: {FRESH: True, "stages": [(1.0, LONG)]}},
+    }
+    | {
+        f"1 for {share:.0%}, then 12": {TRAINED: {FRESH: True, "stages": [(share, SINGLE), (1 - share, LONG)]}}
+        for share in (0.25, 0.5, 0.75)
+    },
+    "stride": {f"steps of 1 to {n}": {TRAINED: {"stride": n, "movies": FEW}} for n in (3, 1)},
+    "noise": {
+        name: {TRAINED: {"stages": [(1.0, FOUR | {"shared_noise": shared})]}}
+        for name, shared in {"each its own": False, "one for all": True}.items()
+    },
+    "context": {f"to {sigma}": {TRAINED: {"context_sigma": sigma}} for sigma in (0.25, 0.001, 0.5, 0.75, 1.0)},
 }  #: by name: rows, and what each changes, most of it settings of the planner; gains are over the first
 SCENES = ("mask",)  # ablations that plan all shots after the return; the others plan one
 
@@ -72,11 +93,13 @@ def ablate(
 ) -> dict[str, Any]:
     """Every row of an ablation, over so many films of each seed.
 
-    Rows that differ in training start from the preset's weights and train on for `tune` steps, once for each seed.
+    Rows that differ in training start from the preset's weights, or from nothing, and train for `tune` steps, once for
+    each seed.
     Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `psnr`, nearness to the toy
     world's own picture in dB; of both the 95 % interval over films (`ci95`), that of what they are above the first
     row's (`gain ci95`) and the values by seed; the `sides` of the levels in patches, and image `tokens` remembered.
-    With a folder `out` what is done is kept there and not done again. UserError if there is no such ablation, or the
+    With a folder `out` what is done is kept there and not done again, and for every row and seed a picture: what some
+    films show after the return, and below it what was planned. UserError if there is no such ablation, or the
     weights cannot be loaded.
     """
     if name not in ABLATIONS:
@@ -134,16 +157,22 @@ def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     return preset.remembering(**changes)
 
 
-def _tuned(preset: Preset, changes: dict[str, Any], steps: int, seed: int, out: Path, tell: Progress) -> str:
-    """Folder of the preset's weights after so many more steps with these settings of the memory."""
-    base = preset.keyframes.weights
-    options = {"preset": preset.name, "cache": str(out / "cache"), "movies": MOVIES, "shift": 3.0, "memory": changes}
-    told: dict[str, Any] = {"options": options, "stages": [Stage(steps=steps, batch=4, pairs=12, group=4)]}
-    config = TrainConfig(task="keyframes", seed=seed, init=base, lr=2e-4, muon_lr=3e-3, warmup=20, **told)
-    recipe = weights_identity(base) + config.model_dump_json(exclude={"init": True, "options": {"cache"}})
+def _tuned(preset: Preset, trained: dict[str, Any], steps: int, seed: int, out: Path, tell: Progress) -> str:
+    """Folder of weights after so many steps with these options and stages, from the preset's or from nothing."""
+    base, told = preset.keyframes.weights, dict(trained)
+    stages = [Stage(steps=max(1, round(share * steps)), **own) for share, own in told.pop("stages", [(1.0, LONG)])]
+    options = {"preset": preset.name, "cache": str(out / "cache"), "movies": MOVIES, "shots": 24, "shift": 3.0}
+    rates = {"init": base, "lr": 2e-4, "muon_lr": 3e-3}
+    if told.pop(FRESH, False):
+        rates = {"init": None, "lr": 8e-4, "muon_lr": 1.2e-2}
+        options |= {part: str(Path(base) / folder) for part, folder in PARTS.items()} | {"recall": 0.1}
+    rest: dict[str, Any] = {"options": options | told, "stages": stages, "warmup": 20} | rates
+    config = TrainConfig(task="keyframes", seed=seed, **rest)
+    unsaid: Any = {"init": True, "options": {"cache", *PARTS}}
+    recipe = weights_identity(base) + str(config.init is None) + config.model_dump_json(exclude=unsaid)
     folder = out / f"trained-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
     if not (folder / "weights" / "model_index.json").is_file():
-        run_training(config, make_task(config.task, seed, config.init, options), folder, True, tell)
+        run_training(config, make_task(config.task, seed, config.init, config.options), folder, True, tell)
     return str(folder / "weights")
 
 
@@ -155,6 +184,7 @@ def _kept(path: Path, preset: Preset, changes: dict[str, Any], *rest: Any) -> di
     if path.is_file() and (told := json.loads(path.read_text(encoding="utf-8")))["request"] == request:
         return told["result"]
     result = _judge(preset, changes, *rest)
+    save_sheet(path.with_suffix(".png"), (sheet := result.pop("pictures")), len(sheet) // 2)
     write_json(path, {"request": request, "result": result})
     return result
 
@@ -164,19 +194,24 @@ def _judge(
 ) -> dict[str, Any]:
     """Per film, of so many shots after the return: whether each who comes back is as before, and nearness in dB."""
     chosen = _changed(preset, {name: value for name, value in changes.items() if name != UNTOLD})
-    planner, told = _planner(chosen), dict[str, Any](identity=[], psnr=[])
+    planner, told, shown = _planner(chosen), dict[str, Any](identity=[], psnr=[]), list[list[Image.Image]]([[], []])
     for i in range(stories):
         movie, known = _return(f"heldout/{seed}/{i}", shots, chosen.keyframes)
         story, captions = movie.story(movie.cast if UNTOLD in changes else ()), movie.captions()
         planned = planner.plan(story, 10_000 * seed + i, None, known)
         images = [None if k.index in known else k.image for k in planned]
         told["identity"].append(score_keyframes(captions, images).identity)
-        new = zip(planned[len(known) :], movie.shots[len(known) :], strict=True)
-        told["psnr"].append([psnr(k.image, render(movie, shot, chosen.keyframes.height)) for k, shot in new])
+        new = [k.image for k in planned[len(known) :]]
+        real = [render(movie, shot, chosen.keyframes.height) for shot in movie.shots[len(known) :]]
+        told["psnr"].append([psnr(*pair) for pair in zip(new, real, strict=True)])
+        if i < PICTURES:
+            shown[0].append(real[0])
+            shown[1].append(new[0])
         tell(i + 1, stories, f"film {i + 1} of {stories}")
     kept = planned[len(known)].remembered
     sides = levels(planner.side, chosen.keyframes.memory_levels, chosen.keyframes.memory_ratio)
-    return {**told, "sides": [*sides], "tokens": sum(tokens(side) for _, side in kept)}
+    pictures = torch.cat([to_tensor(image) for row in shown for image in row])
+    return {**told, "sides": [*sides], "tokens": sum(tokens(side) for _, side in kept), "pictures": pictures}
 
 
 @torch.no_grad()

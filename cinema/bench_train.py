@@ -15,7 +15,7 @@ from cinema.budget import Work, flops
 from cinema.config import TOY, Preset
 from cinema.progress import Progress, quiet
 from cinema.training.config import TrainConfig
-from cinema.training.keyframes import KeyframeTask
+from cinema.training.keyframes import PARTS, KeyframeTask
 from cinema.training.loop import batches_of, one_step, start_run
 
 WARM = 2  # steps before the clock starts
@@ -56,9 +56,6 @@ def bench_train(
             rows[f"{count} pairs"] = _measure(task, config, Path(spare) / str(count), peak, lora)
     facts = {"width": width, "double": double, "single": single, "batch": batch, "lora": lora, "recompute": recompute}
     return facts | {"preset": preset.name, "peak TFLOP/s": peak, "rows": rows}
-
-
-PARTS = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 
 
 def _measure(task: KeyframeTask, config: TrainConfig, out: Path, peak: float, lora: int | None) -> dict[str, float]:

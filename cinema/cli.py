@@ -259,7 +259,9 @@ def bench_retrieval(
 
 @bench.command("ablate")
 def bench_ablate(
-    name: Annotated[str, typer.Argument(help="retrieval, ratio, group, levels, rope, words, sigma or mask.")],
+    name: Annotated[
+        str, typer.Argument(help="What is changed, such as retrieval, levels or stages; a wrong one lists all.")
+    ],
     stories: Annotated[int, typer.Option(help="Films of each seed.", min=2)] = 50,
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 2,
     tune: Annotated[int, typer.Option(help="Steps of training, for rows that differ in it.", min=1)] = 200,

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import cinema.ablation
@@ -15,6 +16,7 @@ from cinema.errors import UserError
 from cinema.goldenmem import levels, tokens
 from cinema.keyframes import KeyframePlanner
 from cinema.progress import quiet
+from cinema.training.config import TrainConfig
 from cinema.training.keyframes import KeyframeTask
 
 QUICK = replace(TOY, keyframes=replace(TOY.keyframes, steps=2, guidance=1.0))
@@ -47,7 +49,9 @@ def test_rows_are_judged_compared_and_kept(tmp_path: Path, monkeypatch: pytest.M
         assert first[figure]["gain ci95"] == [0, 0]
         low, high = second[figure]["ci95"]
         assert low <= second[figure]["mean"] <= high
-    assert second["psnr"]["gain ci95"] != [0, 0] and len(list(tmp_path.iterdir())) == 4
+    assert second["psnr"]["gain ci95"] != [0, 0] and len(list(tmp_path.glob("*.json"))) == 4
+    with Image.open(tmp_path / "levels-4-0.png") as sheet:
+        assert sheet.size == (2 * 256, 2 * 128)  # two films: what is real, and below it what was planned
     monkeypatch.setattr(KeyframePlanner, "plan", lambda *_: pytest.fail("a row was done twice"))
     assert ablate(QUICK, "levels", stories=2, seeds=(0, 1), out=tmp_path) == told
     with pytest.raises(pytest.fail.Exception, match="done twice"):  # of other settings nothing is kept
@@ -97,7 +101,7 @@ def test_an_error_of_a_ratio_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> 
 def test_weights_are_trained_on_with_another_mask_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cinema.ablation, "MOVIES", 2)
     monkeypatch.setattr(KeyframeTask, "sample", lambda *_: None)
-    folders = [cinema.ablation._tuned(TOY, {"mask": m}, 1, 0, tmp_path, quiet) for m in ("causal", "full")]
+    folders = [cinema.ablation._tuned(TOY, {"memory": {"mask": m}}, 1, 0, tmp_path, quiet) for m in ("causal", "full")]
     base, causal, full = (
         load_file(Path(f, "transformer", "diffusion_pytorch_model.safetensors"))
         for f in (TOY.keyframes.weights, *folders)
@@ -105,12 +109,35 @@ def test_weights_are_trained_on_with_another_mask_and_kept(tmp_path: Path, monke
     name = "single_transformer_blocks.6.attn.to_q.weight"
     assert not torch.equal(base[name], causal[name]) and not torch.equal(causal[name], full[name])
     monkeypatch.setattr(cinema.ablation, "run_training", lambda *_: pytest.fail("trained twice"))
-    assert cinema.ablation._tuned(TOY, {"mask": "full"}, 1, 0, tmp_path, quiet) == folders[1]
+    assert cinema.ablation._tuned(TOY, {"memory": {"mask": "full"}}, 1, 0, tmp_path, quiet) == folders[1]
+
+
+def test_rows_of_training_differ_in_stages_and_start_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows take the same steps, each row's config is valid, and what starts from nothing says so."""
+    seen: dict[str, TrainConfig] = {}
+    monkeypatch.setattr(cinema.ablation, "make_task", lambda *_: None)
+    monkeypatch.setattr(cinema.ablation, "run_training", lambda config, *_: seen.update({label: config}))
+    for name in ("stages", "stride", "noise", "context"):
+        for label, changes in ABLATIONS[name].items():
+            cinema.ablation._tuned(TOY, changes["trained"], 40, 0, tmp_path, quiet)
+            assert seen[label].total_steps == 40 and (seen[label].init is None) == (name == "stages")
+    assert [s.pairs for s in seen["1, 4, 8, 12 pairs"].stages] == [1, 4, 8, 12]
+    assert [s.steps for s in seen["1 for 75%, then 12"].stages] == [30, 10]
+    assert seen["steps of 1 to 1"].options["stride"] == 1 and seen["one for all"].stages[0].shared_noise
+    assert len({config.model_dump_json() for config in seen.values()}) == len(seen) == 14
 
 
 def test_the_command_tells_identity_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    judged = {"identity": [[True], [False]], "psnr": [[20.0], [22.0]], "sides": [8], "tokens": 384}
-    monkeypatch.setattr(cinema.ablation, "_judge", lambda *_: judged)
+    judged = {
+        "pictures": torch.zeros(2, 3, 8, 16),
+        "identity": [[True], [False]],
+        "psnr": [[20.0], [22.0]],
+        "sides": [8],
+        "tokens": 384,
+    }
+    monkeypatch.setattr(cinema.ablation, "_judge", lambda *_: dict(judged))
     file = tmp_path / "f.json"
     assert main(["bench", "ablate", "rope", "--stories", "2", "--seeds", "1", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["rows"]["raw"]["identity"]["mean"] == 0.5

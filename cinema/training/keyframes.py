@@ -39,6 +39,7 @@ from cinema.training.stories import Cache, FilmTask, save_pipeline
 from cinema.training.text import clip_text_tower, make_tokenizer, reading_error
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
+PARTS = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}  # options, and their folders in a pipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 ADAPTED = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # what adapters are added to, as the budget says
 
