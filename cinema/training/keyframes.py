@@ -67,12 +67,9 @@ class KeyframeLearner(nn.Module):
         """Velocities at the finest level of the layout, and logits of every word's look; `latents` go by level."""
         dtype, groups = self.transformer.proj_out.weight.dtype, []
         for noised, (side, pairs) in zip(latents, layout.by_level(), strict=True):
-            ids, index = (
-                coordinates(side, layout.sides[-1], self.settings.memory_extent).to(noised.device),
-                torch.tensor(pairs),
-            )
+            ids = coordinates(side, layout.sides[-1], self.settings.memory_extent).to(noised.device)
             words = text[:, pairs].to(dtype), pooled[:, pairs].to(dtype)
-            groups.append(PairGroup(noised.to(dtype), *words, sigma[:, pairs], ids, index))
+            groups.append(PairGroup(noised.to(dtype), *words, sigma[:, pairs], ids, torch.tensor(pairs)))
         blocks, kept = self.transformer.single_transformer_blocks, []
         with blocks[len(blocks) // 2 - 1].register_forward_hook(lambda _block, _told, out: kept.append(out[0])):
             velocities = self.transformer.forward_pairs(groups, causal, guidance=self.settings.distilled_guidance)
@@ -132,14 +129,11 @@ class KeyframeTask(FilmTask):
         settings = preset(told.get("preset", "toy")).remembering(**told.get("memory", {})).keyframes
         shape, side = transformer_config(config.init), settings.height // PATCH
         work = Work("lora" if told.get("lora") else "full", bool(told.get("recompute")), rank=told.get("lora") or 1)
-        most = 0
+        sizes, most = levels(side, settings.memory_levels, settings.memory_ratio), 0
         for stage in config.stages:
-            count = levels(side, settings.memory_levels, settings.memory_ratio)
-            group = stage.group or stage.pairs
-            sides = [count[min(i // group, len(count) - 1)] for i in range(stage.pairs)] * -(
-                -stage.batch // config.accumulate
-            )
-            most = max(most, peak_bytes(shape, sides, settings.text_tokens, work))
+            sides = [sizes[i // (stage.group or stage.pairs)] for i in range(stage.pairs)]
+            windows = max(1, stage.batch // config.accumulate)
+            most = max(most, peak_bytes(shape, sides * windows, settings.text_tokens, work))
         return most - bool(told.get("quantise")) * parameters(shape) * 3 // 2  # half a byte for two
 
     def build(self) -> KeyframeLearner:
@@ -182,11 +176,9 @@ class KeyframeTask(FilmTask):
         generators = [seeded(self.seed, position, "window") for position in at.all]
         noise = [self._noise(stage, layout, rng, own) for rng, own in zip(rngs, generators, strict=True)]
         sigma, learns = (torch.stack(x) for x in zip(*noise, strict=True))
-        finest = layout.by_level()[0][1]
-        targets = recall_targets(
-            self.text.tokenizer_2, captions, [self.films.looks(w.film) for w in chosen], sigma <= self.context_sigma
-        )
-        own = [i for i, position in enumerate(at.all) if position in at.own]
+        casts, finest = [self.films.looks(window.film) for window in chosen], layout.by_level()[0][1]
+        targets = recall_targets(self.text.tokenizer_2, captions, casts, sigma <= self.context_sigma)
+        own = [position - at.position for position in at.own]
         read = [self._read(chosen[i], captions[i], layout) for i in own]
         data = [torch.stack(level) for level in zip(*(latents for latents, _, _ in read), strict=True)]
         drawn = [[torch.randn(level.shape[1:], generator=generators[i]) for level in data] for i in own]
@@ -218,22 +210,16 @@ class KeyframeTask(FilmTask):
 
     def ids(self, stage: Stage, at: At) -> str:
         """The films and shots of a batch."""
-        windows = self._windows(stage.pairs)
-        return "; ".join(
-            f"film {w.film}, shots {', '.join(map(str, w.shots))}" for w in map(windows.__getitem__, at.own)
-        )
+        windows = [self._windows(stage.pairs)[position] for position in at.own]
+        return "; ".join(f"film {w.film}, shots {', '.join(map(str, w.shots))}" for w in windows)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that stock `FluxPipeline.from_pretrained` loads, in bfloat16; of adapters, what its
-        `load_lora_weights` reads.
-        """
+        """Write a folder that stock `FluxPipeline.from_pretrained` loads, or, of adapters, `load_lora_weights`."""
         if self.lora:
             layers = get_peft_model_state_dict(self.model.transformer)
             FluxPipeline.save_lora_weights(folder, {k: v.bfloat16().contiguous() for k, v in layers.items()})
             return
-        parts = {
-            name: getattr(self.text, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        }
+        parts = {name: getattr(self.text, name) for name in (*TOKENIZERS, "text_encoder", "text_encoder_2")}
         parts |= {"vae": self.planner.vae, "transformer": self.model.transformer.stock()}
         save_pipeline(FluxPipeline, folder, self.settings.shift, **parts)
 
@@ -249,18 +235,15 @@ class KeyframeTask(FilmTask):
 
     def card(self) -> dict[str, str]:
         """As in `Task`."""
-        about = (
-            f"A keyframe planner: Flux with interleaved pairs{f', adapters of rank {self.lora}' if self.lora else ''}."
-        )
-        data = (
-            f"{sum(self.films.lengths):,} captioned keyframes of {len(self.films.lengths):,} films ({self.films.name})"
-        )
-        return super().card() | {"about": about, "data": data}
+        adapters = f", adapters of rank {self.lora}" if self.lora else ""
+        told = {"about": f"A keyframe planner: Flux with interleaved pairs{adapters}."}
+        lengths = self.films.lengths
+        told["data"] = f"{sum(lengths):,} captioned keyframes of {len(lengths):,} films ({self.films.name})"
+        return super().card() | told
 
     def _transformer(self) -> InterleavedFluxTransformer:
         """What is trained: `init`'s transformer or a new one, whole, or adapters on it."""
-        kind, dtype = InterleavedFluxTransformer, "bfloat16" if self.lora else "float32"
-        parts = {"transformer": kind}
+        parts, dtype = {"transformer": InterleavedFluxTransformer}, "bfloat16" if self.lora else "float32"
         made = load_parts(self.init, "keyframe", dtype, "cpu", parts)[0] if self.init else small_flux(**self.shape)
         made.requires_grad_(not self.lora)
         if self.quantise:
@@ -314,11 +297,9 @@ class KeyframeTask(FilmTask):
         self, stage: Stage, layout: Layout, rng: random.Random, generator: torch.Generator
     ) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
         """Noise level of each pair of a window, and 1 where it learns."""
-        pairs = stage.pairs
-        sigma = sample_sigma((1 if stage.shared_noise else pairs,), generator, shift=stage.shift or self.shift).expand(
-            pairs
-        )
-        learns = torch.rand(pairs, generator=generator) >= (0.0 if stage.shared_noise else self.context)
+        pairs, shared = stage.pairs, stage.shared_noise
+        sigma = sample_sigma((1 if shared else pairs,), generator, shift=stage.shift or self.shift).expand(pairs)
+        learns = torch.rand(pairs, generator=generator) >= (0.0 if shared else self.context)
         learns[-1] = True
         learns &= torch.tensor(layout.sides) == layout.sides[-1]
         clean = torch.rand(pairs, generator=generator) * self.context_sigma
@@ -327,15 +308,12 @@ class KeyframeTask(FilmTask):
 
     def _figures(self, errors: Float[Tensor, "b _p"], batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """The error by noise level, and by the pair's place from the newest on."""
-        finest = batch.layout.by_level()[0][1]
-        learns, sigma = batch.weight.to(errors.device) > 0, batch.sigma[:, finest].to(errors.device)
-        bounds = zip((0.0, 0.25, 0.5, 0.75), (0.25, 0.5, 0.75, 1.01), strict=True)
-        masks = {f"sigma {low:.2f}": learns & (sigma >= low) & (sigma < high) for low, high in bounds}
-        for place in range(min(4, len(finest))):
-            masks[f"newest {place}"] = learns & (
-                torch.arange(errors.shape[1], device=errors.device) == errors.shape[1] - 1 - place
-            )
-        return {name: errors[mask].mean() for name, mask in masks.items()}  # NaN where nothing learns
+        learns, errors = batch.weight > 0, errors.cpu()
+        quarter = (4 * batch.sigma[:, batch.layout.by_level()[0][1]]).floor()
+        masks = {f"sigma {i / 4:.2f}": learns & (quarter == i) for i in range(4)}
+        told = {name: errors[mask].mean() for name, mask in masks.items()}  # NaN where nothing learns
+        places = range(1, 1 + min(4, errors.shape[1]))
+        return told | {f"newest {i - 1}": errors[:, -i][learns[:, -i]].mean() for i in places}
 
 
 def recall_targets(
