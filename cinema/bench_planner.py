@@ -182,13 +182,15 @@ def most_allocated(run: Callable[[], object], device: torch.device) -> int:
     return int(given.max(initial=0))
 
 
-def random_flux(width: int, double: int, single: int, pairs: Sequence[int]) -> InterleavedFluxTransformer:
-    """A random transformer in bfloat16, on a GPU if there is one.
-
-    UserError for a width that is no multiple of the heads', or a number of `pairs` below 1.
-    """
+def check_shape(width: int, pairs: Sequence[int]) -> None:
+    """UserError for a width that is no multiple of the heads', or a number of pairs below 1."""
     if width % HEAD or width < HEAD or min(pairs, default=0) < 1:
         raise UserError(f"a width of {width} and {list(pairs)} pairs: give a multiple of {HEAD}, and 1 pair or more")
+
+
+def random_flux(width: int, double: int, single: int, pairs: Sequence[int]) -> InterleavedFluxTransformer:
+    """A random transformer in bfloat16, on a GPU if there is one; UserError as for `check_shape`."""
+    check_shape(width, pairs)
     torch.manual_seed(0)
     model = small_flux(double, single, width // HEAD, HEAD, width).bfloat16().eval()
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")

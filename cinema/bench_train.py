@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cinema.bench_planner import HEAD, seconds_of
+from cinema.bench_planner import HEAD, check_shape, seconds_of
 from cinema.budget import Work, flops
 from cinema.config import TOY, Preset
 from cinema.progress import Progress, quiet
@@ -40,6 +40,7 @@ def bench_train(
     their share of `peak TFLOP/s`, which a large bfloat16 matrix product reaches here, the share of time spent waiting
     for a batch, and on a GPU the peak bytes. UserError for a shape or a number of pairs that cannot be.
     """
+    check_shape(width, pairs)
     peak, rows = matmul_peak(), dict[str, Any]()
     with TemporaryDirectory() as spare:
         for i, count in enumerate(pairs):

@@ -39,7 +39,7 @@ def train(config: Path, out: Path, resume: bool = False, base: str | None = None
 def check_memory(config: TrainConfig) -> None:
     """UserError if the largest stage needs more memory than the device has, as far as the task can tell."""
     need, have = 0, _memory()
-    with suppress(TypeError, ValueError, IndexError, UserError):  # what is wrong with an option, `make_task` says better
+    with suppress(TypeError, ValueError, IndexError, UserError):  # `make_task` says better what is wrong
         need = task_kind(config.task).needed_bytes(config)
     if need > have:
         raise UserError(

@@ -224,10 +224,8 @@ def batches_of(run: Run) -> Iterator[Iterator[list[Any]]]:
         stage, parts = config.stage_at(step), accelerator.num_processes * config.accumulate
         at = At(step, config.position(step), stage.batch, parts=parts)
         if stage.batch % parts:
-            split = f"{accelerator.num_processes} processes and {config.accumulate} passes"
-            raise UserError(
-                f"a batch of {stage.batch} cannot be split evenly among {split}; change batch or accumulate"
-            )
+            among = f"{accelerator.num_processes} processes and {config.accumulate} passes"
+            raise UserError(f"a batch of {stage.batch} cannot be split evenly among {among}; change one of them")
         first = accelerator.process_index * config.accumulate
         return [run.task.batch(stage, replace(at, part=first + i)) for i in range(config.accumulate)]
 
@@ -323,7 +321,8 @@ def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
     if run.main:
         write_json(out / "config.json", config.model_dump(mode="json"))
         (out / "samples").mkdir(exist_ok=True)
-    accelerator.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    place = {"tensorboard": "tensorboard", "wandb": "captain-cinema"}[config.tracker]  # a folder, or a project
+    accelerator.init_trackers(place, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     return run
 
 
