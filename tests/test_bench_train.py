@@ -38,5 +38,5 @@ def test_adapters_are_measured_as_adapters() -> None:
 
 
 def test_a_shape_that_cannot_be_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="a width of 65 and .2. pairs: give a multiple of 64"):
+    with pytest.raises(UserError, match=r"a width of 65 and .2. pairs: give a multiple of 64"):
         bench_train(TOY, [2], width=65)
