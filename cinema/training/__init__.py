@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from pydantic import ValidationError
 
 from cinema.errors import UserError
@@ -37,10 +38,10 @@ def train(config: Path, out: Path, resume: bool = False, base: str | None = None
 
 
 def check_memory(config: TrainConfig) -> None:
-    """UserError if the largest stage needs more memory than the device has, as far as the task can tell."""
-    need, have = 0, _memory()
+    """UserError if the largest stage needs more memory than a process's device has, as far as the task can tell."""
+    need, have, processes = 0, _memory(), int(os.environ.get("WORLD_SIZE", 1))
     with suppress(TypeError, ValueError, IndexError, UserError):  # `make_task` says better what is wrong
-        need = task_kind(config.task).needed_bytes(config)
+        need = task_kind(config.task).needed_bytes(config, processes, parse_flag_from_env("ACCELERATE_USE_FSDP"))
     if need > have:
         raise UserError(
             f"this needs about {need / 2**30:.1f} GiB of memory and {have / 2**30:.1f} GiB are there; "

@@ -47,7 +47,7 @@ class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
     precision: Literal["no", "bf16"] = "bf16"
     log_every: PositiveInt = 20
     save_every: PositiveInt = 500
-    sample_every: PositiveInt = 1000
+    sample_every: NonNegativeInt = 1000  #: 0 for never
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"  #: besides log.jsonl
     keep: PositiveInt = 2  #: checkpoints
     init: str | None = None  #: folder of weights to start from

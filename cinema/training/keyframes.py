@@ -35,7 +35,7 @@ from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.loop import At
-from cinema.training.stories import Cache, FilmTask, save_pipeline
+from cinema.training.stories import Cache, FilmTask, processes, save_pipeline
 from cinema.training.text import clip_text_tower, make_tokenizer, reading_error
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
@@ -121,7 +121,7 @@ class KeyframeTask(FilmTask):
     memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
 
     @classmethod
-    def needed_bytes(cls, config: TrainConfig) -> int:
+    def needed_bytes(cls, config: TrainConfig, processes: int = 1, sharded: bool = False) -> int:
         """As the budget counts it, for the largest stage; of models that start from weights."""
         told = config.options
         if not config.init:
@@ -132,15 +132,22 @@ class KeyframeTask(FilmTask):
         sizes, most = levels(side, settings.memory_levels, settings.memory_ratio), 0
         for stage in config.stages:
             sides = [sizes[i // (stage.group or stage.pairs)] for i in range(stage.pairs)]
-            windows = max(1, stage.batch // config.accumulate)
+            windows = max(1, stage.batch // (config.accumulate * processes))
             most = max(most, peak_bytes(shape, sides * windows, settings.text_tokens, work))
+        if sharded:
+            weights = peak_bytes(shape, [], settings.text_tokens, work)
+            most -= weights - weights // processes
         return most - bool(told.get("quantise")) * parameters(shape) * 3 // 2  # half a byte for two
 
     def build(self) -> KeyframeLearner:
         """A transformer, and the planner that it is to draw for."""
         chosen = preset(self.preset).remembering(**self.memory)
         self.settings = chosen.keyframes
-        vae = self._part(AutoencoderKL, self.vae, "vae", torch.bfloat16)
+        if self.quantise and not self.lora:
+            raise ValueError("quantise freezes the base, so there is nothing to train without lora")
+        if self.data and (self.recall or self.untold):
+            raise ValueError("recall and untold need looks that are known word by word; leave them away with data")
+        vae = self._part(AutoencoderKL, self.vae, "vae")
         clip = self._part(CLIPTextModel, self.clip, "text_encoder")
         t5 = self._part(T5EncoderModel, self.t5, "text_encoder_2")
         named = [make_tokenizer(start=True), make_tokenizer(start=False)]
@@ -152,16 +159,20 @@ class KeyframeTask(FilmTask):
         self.sides = levels(self.settings.height // PATCH, self.settings.memory_levels, self.settings.memory_ratio)
         self._streams = dict[int, Windows]()
         used, told = (vae, clip, t5), (self.sides, self.settings.text_tokens)
+        for encoder in used:
+            encoder.to(processes().device)
         self.latents = Cache(self.cache, self.films, used, told, self.encode)
+        for encoder in used:
+            encoder.to("cpu")  # they are done, and the room is needed
         return KeyframeLearner(self.planner.transformer, len(named[1]) if self.recall else 0, self.settings)
 
     def encode(self, film: int) -> dict[str, Tensor]:
         """Every shot at each of GoldenMem's levels, by the level's short side in patches; every caption it may have."""
         frames = to_tensor(self.films.frames(film, self.settings.height))
         sizes = {side: frames if side == self.sides[0] else shrink(frames, side) for side in self.sides}
-        kept = {str(side): encode_frames(self.planner.vae, small).bfloat16() for side, small in sizes.items()}
+        kept = {str(side): encode_frames(self.planner.vae, small).bfloat16().cpu() for side, small in sizes.items()}
         states, pooled = zip(*(self.text(line) for line in [*self.films.variants(film), ""]), strict=True)
-        return kept | {"states": torch.stack(states).bfloat16(), "pooled": torch.stack(pooled).bfloat16()}
+        return kept | {"states": torch.stack(states).bfloat16().cpu(), "pooled": torch.stack(pooled).bfloat16().cpu()}
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
@@ -257,13 +268,13 @@ class KeyframeTask(FilmTask):
             made.compile_repeated_blocks()
         return made
 
-    def _part(self, kind: Any, folder: Path | None, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    def _part(self, kind: Any, folder: Path | None, name: str) -> Any:
         """A part that is not trained, from a folder of its own or from `init`."""
         if folder is None and not self.init:
             raise ValueError(f"there is neither a folder {name!r} nor an `init` that has one")
         if folder is None:
-            return load_parts(str(self.init), "keyframe", str(dtype).removeprefix("torch."), "cpu", {name: kind})[0]
-        part = (AutoModel if kind is CLIPTextModel else kind).from_pretrained(folder, torch_dtype=dtype)
+            return load_parts(str(self.init), "keyframe", "bfloat16", "cpu", {name: kind})[0]
+        part = (AutoModel if kind is CLIPTextModel else kind).from_pretrained(folder, torch_dtype=torch.bfloat16)
         return (clip_text_tower(part) if kind is CLIPTextModel else part).eval().requires_grad_(False)
 
     def _windows(self, pairs: int) -> Windows:

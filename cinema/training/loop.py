@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cinema.config import WEIGHTS
 from cinema.errors import UserError
-from cinema.files import atomic, write_json, write_text
+from cinema.files import atomic, sweep, write_json, write_text
 from cinema.progress import Progress, quiet
 from cinema.training.card import write_card
 from cinema.training.config import Stage, TrainConfig
@@ -37,6 +37,7 @@ from cinema.training.config import Stage, TrainConfig
 BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
 CHECKPOINTS = "checkpoint-[0-9]*.safetensors"
 PROGRESS = ("step", "log", "recent", "figures")  # of a run, kept in its checkpoints
+WATCHING = ("log_every", "save_every", "sample_every", "keep", "tracker")  # may change when a run goes on
 NUMBER = "#"  # ends the name of a state that is no tensor
 EXPLODED = 30.0  # times the recent mean: a loss that high is not of a hard batch
 
@@ -83,8 +84,8 @@ class Task:
         self.model = self.build()
 
     @classmethod
-    def needed_bytes(cls, config: TrainConfig) -> int:
-        """Memory that a run needs at least; 0 where nobody knows."""
+    def needed_bytes(cls, config: TrainConfig, processes: int = 1, sharded: bool = False) -> int:
+        """Memory that each of so many processes needs at least, which may share the weights; 0 where nobody knows."""
         return 0
 
     @property
@@ -201,7 +202,7 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
                 _write_log(run)
             if last or run.step % config.save_every == 0:
                 _save_checkpoint(run)
-            if run.step % config.sample_every == 0:
+            if config.sample_every and run.step % config.sample_every == 0:
                 with averaged(run) as whole:
                     if run.main:
                         whole.sample(out / "samples" / f"{run.step:07d}.png", stage)
@@ -209,7 +210,8 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
         if run.main:
             whole.save(out / "weights")
             write_card(run, out / "weights")
-            whole.sample(out / "samples" / "final.png", config.stages[-1])
+            if config.sample_every:
+                whole.sample(out / "samples" / "final.png", config.stages[-1])
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return run
@@ -267,8 +269,9 @@ def averaged(run: Run) -> Iterator[Task]:
     model = run.task.model
     if run.sharded:
         state = {k: _gathered(v) for k, v in run.ema.items()}
-        task = dataclasses.replace(run.task)  # in all of them: a task waits for the others
-        task.model.load_state_dict(state, strict=False)
+        task = dataclasses.replace(run.task) if run.main else run.task
+        if run.main:
+            task.model.load_state_dict(state, strict=False)
         yield task
         return
     own = {k: v.clone() for k, v in trained(model).items()}
@@ -307,6 +310,7 @@ def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
         except (UserError, ValueError) as error:
             raise UserError(f"stage {number}: {error}; correct the config") from None
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
+    accelerator.wait_for_everyone()  # each may have made a part of the task's data
     model = task.model.to(accelerator.device)
     sharded = accelerator.distributed_type == DistributedType.FSDP  # which casts by itself
     learner = HalfPrecision(model) if config.precision == "bf16" and not sharded else model
@@ -319,6 +323,7 @@ def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
         _load_checkpoint(run, newest)
     _write_log(run)
     if run.main:
+        sweep(out)
         write_json(out / "config.json", config.model_dump(mode="json"))
         (out / "samples").mkdir(exist_ok=True)
     place = {"tensorboard": "tensorboard", "wandb": "captain-cinema"}[config.tracker]  # a folder, or a project
@@ -441,7 +446,11 @@ def _save_checkpoint(run: Run) -> None:
             tensors |= {f"optimizer.{i}.{j}.{k}{NUMBER}": torch.tensor(v) for k, v in state if isinstance(v, int)}
     told = {name: getattr(run, name) for name in PROGRESS} | {"data": run.task.data_name}
     told["config"] = run.config.model_dump(mode="json")
-    kept = {k: _gathered(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+    kept = dict[str, Tensor]()
+    for name, value in tensors.items():
+        whole = _gathered(value.detach())  # by all, but only one has room for all of it
+        if run.main:
+            kept[name] = whole.cpu().contiguous().clone()
     if not run.main:
         return
     write_card(run, run.out)
@@ -457,7 +466,8 @@ def _load_checkpoint(run: Run, path: Path) -> None:
     with safe_open(path, "pt") as file:
         told = {k: json.loads(v) for k, v in file.metadata().items()}
         tensors = {k: file.get_tensor(k).to(run.accelerator.device) for k in file.keys()}  # noqa: SIM118
-    if not {*PROGRESS} <= {*told} or told["config"] != run.config.model_dump(mode="json"):
+    config = run.config.model_dump(mode="json")
+    if not {*PROGRESS, "data"} <= {*told} or any(told["config"].get(k) != config[k] for k in {*config} - {*WATCHING}):
         raise UserError(f"{run.out} holds a run with another config; choose another folder or remove it")
     if told["data"] != run.task.data_name:
         changed = f"the films have changed from {told['data']} to {run.task.data_name}"

@@ -21,11 +21,16 @@ from cinema.interleave import CuratedFilms, Films, ToyFilms
 from cinema.training.loop import Task
 
 
+def processes() -> PartialState:
+    """Which of how many processes this one is, and its device."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 class Cache:
     """What encoders make of every film: made once and kept in a file each, so that a killed run goes on.
 
     The folder's name tells the films, the encoders and whatever else the tensors depend on. A file that cannot be read
-    is made again.
+    is made again. Of several processes each makes a part, and has to wait for the others before it reads.
     """
 
     def __init__(
@@ -37,12 +42,11 @@ class Cache:
         encode: Callable[[int], Mapping[str, Tensor]],
     ) -> None:
         self.folder = folder / f"{films.name}-{fingerprint(encoders, settings)}"
-        process = PartialState(cpu=not torch.cuda.is_available())
+        process = processes()
         for film in range(process.process_index, len(films.lengths), process.num_processes):
             if not self._readable(film):
                 with atomic(self._path(film)) as part:
                     save_file({name: x.contiguous() for name, x in encode(film).items()}, part)
-        process.wait_for_everyone()
 
     def read(self, film: int, *names: str) -> list[Tensor]:
         """Tensors of a film, on the CPU; UserError if its file was damaged meanwhile."""
