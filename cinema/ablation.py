@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import combinations_with_replacement, pairwise
+from itertools import accumulate, combinations_with_replacement, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -108,6 +108,7 @@ def ablate(
     jobs = [(label, seed) for label in parts for seed in seeds]
     with TemporaryDirectory() as spare:
         folder = out or Path(spare)
+        folder.mkdir(parents=True, exist_ok=True)
         for i, (label, seed) in enumerate(jobs):
 
             def tell(done: int, total: int, what: str, i: int = i, label: str = label) -> None:
@@ -160,7 +161,9 @@ def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
 def _tuned(preset: Preset, trained: dict[str, Any], steps: int, seed: int, out: Path, tell: Progress) -> str:
     """Folder of weights after so many steps with these options and stages, from the preset's or from nothing."""
     base, told = preset.keyframes.weights, dict(trained)
-    stages = [Stage(steps=max(1, round(share * steps)), **own) for share, own in told.pop("stages", [(1.0, LONG)])]
+    shares, kinds = zip(*told.pop("stages", [(1.0, LONG)]), strict=True)
+    ends = [round(steps * end) for end in accumulate(shares, initial=0.0)]
+    stages = [Stage(steps=b - a, **own) for (a, b), own in zip(pairwise(ends), kinds, strict=True)]
     options = {"preset": preset.name, "cache": str(out / "cache"), "movies": MOVIES, "shots": 24, "shift": 3.0}
     rates = {"init": base, "lr": 2e-4, "muon_lr": 3e-3}
     if told.pop(FRESH, False):

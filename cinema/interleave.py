@@ -117,7 +117,7 @@ class CuratedFilms:
             if done and (shots := self._kept(read_film(path, images=False).shots)):
                 self.paths.append(path)
                 self.lengths.append(len(shots))
-                digests.append(f"{path.stem} {done} {len(shots)}")
+                digests.append(repr([path.stem, done, [shot.caption for shot in shots]]))
         if not self.paths:
             rule = "curate films with an annotator first, `cinema curate FILM --annotator vision -o DIR`"
             raise UserError(f"{folder}: no curated film with captions is there; {rule}")
@@ -221,7 +221,7 @@ def count_windows(shots: int, pairs: int, stride: int) -> int:
     return sum(_ahead(shots, pairs, stride)[-1])
 
 
-@lru_cache(maxsize=ROOM)
+@lru_cache(maxsize=64)
 def _ahead(shots: int, pairs: int, stride: int) -> list[list[int]]:
     """For 0 to `pairs` - 1 more shots to come: in how many ways they can follow each shot."""
     ways = [[1] * shots]

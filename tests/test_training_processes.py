@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained_alike(folder: Path, name: str) -> bool:
-    """Whether a run's last checkpoint has the weights, averages and moments of the one process, but for rounding."""
+    """Whether a run's last checkpoint has the weights and averages of the one process, but for rounding."""
     one, own, start = (
         load_file(folder / run / f"checkpoint-000000{step}.safetensors")
         for run, step in (("one", 4), (name, 4), ("one", 2))

@@ -40,7 +40,7 @@ def train(config: Path, out: Path, resume: bool = False, base: str | None = None
 def check_memory(config: TrainConfig) -> None:
     """UserError if the largest stage needs more memory than a process's device has, as far as the task can tell."""
     need, have, processes = 0, _memory(), int(os.environ.get("WORLD_SIZE", 1))
-    with suppress(TypeError, ValueError, IndexError, UserError):  # `make_task` says better what is wrong
+    with suppress(TypeError, ValueError, LookupError, UserError):  # `make_task` says better what is wrong
         need = task_kind(config.task).needed_bytes(config, processes, parse_flag_from_env("ACCELERATE_USE_FSDP"))
     if need > have:
         raise UserError(

@@ -41,10 +41,16 @@ CARD = """---
 def write_card(run: "Run", folder: Path) -> None:
     """Write `README.md` in a folder: data, steps, configuration, figures, use, limits, and the licence of the base."""
     config, told = run.config, run.task.card()
-    init = Path(config.init).name if config.init and Path(config.init).exists() else config.init  # a path is private
+    told_config = config.model_dump(mode="json", exclude_defaults=True)
+    for said in (told_config, told_config["options"] if config.options else {}):
+        said |= {
+            k: Path(v).name for k, v in said.items() if isinstance(v, str) and Path(v).exists()
+        }  # paths are private
+    init = told_config.get("init")
     base = init or "none, trained from nothing"
     licence = "that of the base binds these weights, too" if config.init else "Apache-2.0, as the code"
-    facts = ModelCardData(base_model=init, tags=["captain-cinema", config.task], library_name="diffusers")
+    tags = ["captain-cinema", config.task]
+    facts = ModelCardData(base_model=init, tags=tags, license="other" if init else "apache-2.0")
     hours = sum(line.get("seconds", 0.0) for line in run.log) / 3600
     figures = "".join(f"- {name}: {value:g}\n" for name, value in (run.log[-1] if run.log else {}).items())
     processes, device = run.accelerator.num_processes, run.accelerator.device
@@ -54,7 +60,7 @@ def write_card(run: "Run", folder: Path) -> None:
     text = CARD.format(
         facts=facts.to_yaml().strip(), name=run.out.name, step=run.step, total=config.total_steps, hours=hours,
         machine=machine, base=base, licence=licence, figures=figures or "none yet\n", **told,
-        config=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True) | {"init": init}, sort_keys=False),
+        config=yaml.safe_dump(told_config, sort_keys=False),
     )
     # fmt: on
     write_text(folder / "README.md", text)

@@ -5,12 +5,14 @@ remembered. Some full-size pairs are nearly clean as well, as context is at infe
 """
 
 import copy
+import math
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -18,7 +20,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.training_utils import cast_training_params
 from jaxtyping import Bool, Float
 from peft import LoraConfig, get_peft_model_state_dict
-from pydantic import DirectoryPath, PositiveInt
+from pydantic import DirectoryPath, Field, NonNegativeFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
@@ -28,19 +30,21 @@ from cinema.config import KeyframeSettings, preset
 from cinema.errors import UserError
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.goldenmem import PATCH, Layout, coordinates, levels, shrink
-from cinema.interleave import Window, Windows
+from cinema.interleave import CuratedFilms, Films, Window, Windows
 from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames, load_parts, seeded
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.loop import At
-from cinema.training.stories import Cache, FilmTask, processes, save_pipeline
+from cinema.training.stories import Cache, FilmTask, halved, processes, save_pipeline
 from cinema.training.text import clip_text_tower, make_tokenizer, reading_error
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 PARTS = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}  # options, and their folders in a pipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+CHUNK = 8  # frames that are encoded together
+Share = Annotated[float, Field(ge=0, le=1)]
 ADAPTED = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # what adapters are added to, as the budget says
 
 
@@ -70,11 +74,11 @@ class KeyframeLearner(nn.Module):
             ids = coordinates(side, layout.sides[-1], self.settings.memory_extent).to(noised.device)
             words = text[:, pairs].to(dtype), pooled[:, pairs].to(dtype)
             groups.append(PairGroup(noised.to(dtype), *words, sigma[:, pairs], ids, torch.tensor(pairs)))
-        blocks, kept = self.transformer.single_transformer_blocks, []
-        with blocks[len(blocks) // 2 - 1].register_forward_hook(lambda _block, _told, out: kept.append(out[0])):
-            velocities = self.transformer.forward_pairs(groups, causal, guidance=self.settings.distilled_guidance)
+        forward, blocks, kept = self.transformer.forward_pairs, self.transformer.single_transformer_blocks, []
         if not hasattr(self, "recalls"):
-            return velocities[0].float(), None
+            return forward(groups, causal, guidance=self.settings.distilled_guidance)[0].float(), None
+        with blocks[len(blocks) // 2 - 1].register_forward_hook(lambda _block, _told, out: kept.append(out[0])):
+            velocities = forward(groups, causal, guidance=self.settings.distilled_guidance)
         lengths = [text.shape[2] + 2 * side**2 for side in layout.sides]
         looks = torch.stack([pair[:, : text.shape[2]] for pair in kept[0].split(lengths, dim=1)], dim=1)  # text first
         return velocities[0].float(), self.recalls(looks).float()
@@ -90,7 +94,7 @@ class Batch:
     pooled: Float[Tensor, "b p f"]
     sigma: Float[Tensor, "b p"]
     weight: Float[Tensor, "b _p"]  #: of every pair of the finest level in the mean over the whole step's batch
-    looks: tuple[Bool[Tensor, "b p t v"], Bool[Tensor, "b p t"]]  #: as `recall_targets` gives them
+    looks: tuple[Bool[Tensor, "b p t v"], Bool[Tensor, "b p t"]] | None  #: of `recall_targets`, where recall is trained
     share: float  #: of these windows in the whole step's words about looks, 1 on average
     layout: Layout
     causal: bool
@@ -104,21 +108,29 @@ class KeyframeTask(FilmTask):
     clip: DirectoryPath | None = None  #: a trained CLIP, or its text half, likewise
     t5: DirectoryPath | None = None  #: a trained T5, likewise
     preset: str = "toy"  #: whose size and memory the model is to plan with
+    data: DirectoryPath | None = None  #: folder of curated films; without it there are toy movies
     movies: PositiveInt = 2000
     stride: PositiveInt = 3  #: longest step from a shot of a window to the next
-    max_shared: float = 0.75  #: share of its shots that a window may have from its film's window one epoch before
-    recall: float = 0.0  #: weight of `recall_error`; without it attention takes long to find a look by its name
-    untold: float = 0.0  #: share of windows whose captions tell no looks: what is remembered is seen, not read
-    shuffled: float = 0.0  #: share of steps whose memory is ranked by chance, as retrieval may, and not by recency
-    context: float = 0.35  #: share of the newest pairs (the last one excepted) that are nearly clean context
-    context_sigma: float = 0.25  #: upper bound of the context's noise
-    context_dropout: float = 0.0  #: share of windows whose context is nothing but noise
-    caption_dropout: float = 0.08  #: share of captions left empty, for guidance
+    max_shared: Share = 0.75  #: share of its shots that a window may have from its film's window one epoch before
+    recall: NonNegativeFloat = (
+        0.0  #: weight of `recall_error`; without it attention takes long to find a look by its name
+    )
+    untold: Share = 0.0  #: share of windows whose captions tell no looks: what is remembered is seen, not read
+    shuffled: Share = 0.0  #: share of steps whose memory is ranked by chance, as retrieval may, and not by recency
+    context: Share = 0.35  #: share of the newest pairs (the last one excepted) that are nearly clean context
+    context_sigma: Share = 0.25  #: upper bound of the context's noise
+    context_dropout: Share = 0.0  #: share of windows whose context is nothing but noise
+    caption_dropout: Share = 0.08  #: share of captions left empty, for guidance
     lora: PositiveInt | None = None  #: rank of adapters on the attention of a frozen base; without it all is trained
     quantise: bool = False  #: keep the frozen base's blocks in 4 bits (NF4, Dettmers et al. 2023)
     recompute: bool = False  #: gradient checkpointing
     compiled: bool = False  #: torch.compile for every block
     memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
+
+    @property
+    def data_name(self) -> str:
+        """As in `Task`."""
+        return self.films.name
 
     @classmethod
     def needed_bytes(cls, config: TrainConfig, processes: int = 1, sharded: bool = False) -> int:
@@ -128,7 +140,8 @@ class KeyframeTask(FilmTask):
             return 0
         settings = preset(told.get("preset", "toy")).remembering(**told.get("memory", {})).keyframes
         shape, side = transformer_config(config.init), settings.height // PATCH
-        work = Work("lora" if told.get("lora") else "full", bool(told.get("recompute")), rank=told.get("lora") or 1)
+        work = Work(recompute=bool(told.get("recompute")), device="cuda" if torch.cuda.is_available() else "cpu")
+        work = replace(work, train="lora", rank=told["lora"]) if told.get("lora") else replace(work, train="full")
         sizes, most = levels(side, settings.memory_levels, settings.memory_ratio), 0
         for stage in config.stages:
             sides = [sizes[i // (stage.group or stage.pairs)] for i in range(stage.pairs)]
@@ -147,6 +160,7 @@ class KeyframeTask(FilmTask):
             raise ValueError("quantise freezes the base, so there is nothing to train without lora")
         if self.data and (self.recall or self.untold):
             raise ValueError("recall and untold need looks that are known word by word; leave them away with data")
+        self.films: Films = CuratedFilms(self.data) if self.data else self.toys
         vae = self._part(AutoencoderKL, self.vae, "vae")
         clip = self._part(CLIPTextModel, self.clip, "text_encoder")
         t5 = self._part(T5EncoderModel, self.t5, "text_encoder_2")
@@ -168,11 +182,16 @@ class KeyframeTask(FilmTask):
 
     def encode(self, film: int) -> dict[str, Tensor]:
         """Every shot at each of GoldenMem's levels, by the level's short side in patches; every caption it may have."""
-        frames = to_tensor(self.films.frames(film, self.settings.height))
-        sizes = {side: frames if side == self.sides[0] else shrink(frames, side) for side in self.sides}
-        kept = {str(side): encode_frames(self.planner.vae, small).bfloat16().cpu() for side, small in sizes.items()}
-        states, pooled = zip(*(self.text(line) for line in [*self.films.variants(film), ""]), strict=True)
-        return kept | {"states": torch.stack(states).bfloat16().cpu(), "pooled": torch.stack(pooled).bfloat16().cpu()}
+        frames, kept = self.films.frames(film, self.settings.height), defaultdict[str, list[Tensor]](list)
+        for start in range(0, len(frames), CHUNK):
+            pixels = to_tensor(frames[start : start + CHUNK])
+            for side in self.sides:
+                small = pixels if side == self.sides[0] else shrink(pixels, side)
+                kept[str(side)] += encode_frames(self.planner.vae, small).bfloat16().cpu()
+        for line in [*self.films.variants(film), ""]:
+            for name, state in zip(("states", "pooled"), self.text(line), strict=True):
+                kept[name].append(state.bfloat16().cpu())
+        return {name: torch.stack(values) for name, values in kept.items()}
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
@@ -187,8 +206,7 @@ class KeyframeTask(FilmTask):
         generators = [seeded(self.seed, position, "window") for position in at.all]
         noise = [self._noise(stage, layout, rng, own) for rng, own in zip(rngs, generators, strict=True)]
         sigma, learns = (torch.stack(x) for x in zip(*noise, strict=True))
-        casts, finest = [self.films.looks(window.film) for window in chosen], layout.by_level()[0][1]
-        targets = recall_targets(self.text.tokenizer_2, captions, casts, sigma <= self.context_sigma)
+        finest, looks, share = layout.by_level()[0][1], None, 1.0
         own = [position - at.position for position in at.own]
         read = [self._read(chosen[i], captions[i], layout) for i in own]
         data = [torch.stack(level) for level in zip(*(latents for latents, _, _ in read), strict=True)]
@@ -198,8 +216,11 @@ class KeyframeTask(FilmTask):
         noised = [add_noise(x, n, sigma[own][:, p]) for x, n, p in zip(data, noises, places, strict=True)]
         told = torch.stack([states for _, states, _ in read]), torch.stack([pooled for _, _, pooled in read])
         weight = learns[:, finest] / learns[:, finest].sum() * at.parts
-        looks, words = (targets[0][own], targets[1][own]), targets[0].any(-1).sum((1, 2))
-        share = float(words[own].sum() / words.sum().clamp(min=1) * at.parts)
+        if self.recall:
+            casts, shown = [self.films.looks(window.film) for window in chosen], sigma <= self.context_sigma
+            target, remembers = recall_targets(self.text.tokenizer_2, captions, casts, shown, self.settings.text_tokens)
+            words = target.any(-1).sum((1, 2))
+            looks, share = (target[own], remembers[own]), float(words[own].sum() / words.sum().clamp(min=1) * at.parts)
         causal = (stage.mask or self.settings.mask) == "causal"
         return Batch(noised, velocity(data[0], noises[0]), *told, sigma[own], weight[own], looks, share, layout, causal)
 
@@ -213,7 +234,7 @@ class KeyframeTask(FilmTask):
         weight = batch.weight.to(self.device)
         figures = self._figures(errors.detach(), batch)
         loss = (errors * weight).sum()
-        if read is not None:
+        if read is not None and batch.looks:
             recall, known = recall_error(read, *(x.to(self.device) for x in batch.looks))
             loss, figures["recall"] = loss + self.recall * batch.share * recall, recall.detach()
             figures["known"] = torch.tensor(known)
@@ -236,7 +257,9 @@ class KeyframeTask(FilmTask):
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Held-out stories as the toy world draws them, each above the same story as this model plans it."""
-        planner = replace(self.planner, transformer=copy.deepcopy(self.model.transformer).bfloat16())
+        own = {name: copy.deepcopy(getattr(self.text, name)) for name in TOKENIZERS}  # batches use the others meanwhile
+        transformer = halved(self.model.transformer, self.device)
+        planner = replace(self.planner, transformer=transformer, text=replace(self.text, **own))
         pictures = []
         for seed in range(4):
             movie = sample_movie(f"heldout/sample/{seed}", stage.pairs)
@@ -256,6 +279,7 @@ class KeyframeTask(FilmTask):
         """What is trained: `init`'s transformer or a new one, whole, or adapters on it."""
         parts, dtype = {"transformer": InterleavedFluxTransformer}, "bfloat16" if self.lora else "float32"
         made = load_parts(self.init, "keyframe", dtype, "cpu", parts)[0] if self.init else small_flux(**self.shape)
+        made = made.to(getattr(torch, dtype))
         made.requires_grad_(not self.lora)
         if self.quantise:
             quantise(made)
@@ -286,8 +310,7 @@ class KeyframeTask(FilmTask):
         """Who sits at which level in this step: the newest first, or, for a share of the steps, by chance."""
         s, rng, pairs = self.settings, random.Random(f"{self.seed}/rank {step}"), stage.pairs
         rank = (*rng.sample(range(1, pairs), pairs - 1), 0) if rng.random() < self.shuffled else None
-        levels, group = (s.memory_levels, stage.group) if stage.group else (1, pairs)
-        return Layout(pairs, s.height // PATCH, levels, group, s.memory_ratio, rank)
+        return Layout(pairs, s.height // PATCH, s.memory_levels, stage.group or pairs, s.memory_ratio, rank)
 
     def _tell(self, window: Window, rng: random.Random) -> list[str]:
         lines = self.films.captions(window.film, window.shots, described=rng.random() >= self.untold)
@@ -332,13 +355,14 @@ def recall_targets(
     stories: list[list[str]],
     casts: Sequence[Mapping[str, str]],
     shown: Bool[Tensor, "b p"],
+    length: int,
 ) -> tuple[Bool[Tensor, "b p t v"], Bool[Tensor, "b p t"]]:
     """For every word of a clause about a character, the words of its look, where that can be known.
 
     A look is known once a caption tells it, or names its character beside a picture that is `shown`. The second tensor
     is True for words of clauses that neither tell the look nor have the picture: those can only remember it.
     """
-    shape = (len(stories), len(stories[0]), tokenizer.model_max_length)
+    shape = (len(stories), len(stories[0]), length)
     target, remembers = torch.zeros(*shape, len(tokenizer), dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for b, captions in enumerate(stories):
         known = set[str]()
@@ -359,16 +383,16 @@ def recall_targets(
 def recall_error(
     logits: Float[Tensor, "b p t v"], target: Bool[Tensor, "b p t v"], remembers: Bool[Tensor, "b p t"]
 ) -> tuple[Float[Tensor, ""], float]:
-    """Binary cross entropy of the looks, summed over the vocabulary; and the share of remembered looks that are exact.
+    """Binary cross entropy of looks, summed over the vocabulary; and which share of remembered ones is exact, or NaN.
 
     Attention has to find, by the name, a look that an earlier caption tells. The velocity's error alone rewards that
     only through many blocks and much noise; here the words are asked for it (ours, not the paper's).
     """
     told = target.any(-1)
     if not told.any():
-        return logits.sum() * 0, 1.0
+        return logits.sum() * 0, math.nan
     error, exact = reading_error(logits[told], target[told])
-    return error, exact[remembers[told]].float().mean().item() if remembers.any() else 1.0
+    return error, exact[remembers[told]].float().mean().item() if remembers.any() else math.nan
 
 
 def quantise(model: nn.Module) -> None:

@@ -4,16 +4,16 @@ All randomness of a step is a function of (seed, step), so the position in the d
 is exact: on the CPU an interrupted run ends with the same bits as an uninterrupted one.
 """
 
-import dataclasses
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cinema.config import WEIGHTS
@@ -203,15 +204,15 @@ def run_training(config: TrainConfig, task: Task, out: Path, resume: bool, on_pr
             if last or run.step % config.save_every == 0:
                 _save_checkpoint(run)
             if config.sample_every and run.step % config.sample_every == 0:
-                with averaged(run) as whole:
+                with averaged(run) as final:
                     if run.main:
-                        whole.sample(out / "samples" / f"{run.step:07d}.png", stage)
-    with averaged(run) as whole:
+                        final.sample(out / "samples" / f"{run.step:07d}.png", stage)
+    with averaged(run) as final:
         if run.main:
-            whole.save(out / "weights")
+            final.save(out / "weights")
             write_card(run, out / "weights")
             if config.sample_every:
-                whole.sample(out / "samples" / "final.png", config.stages[-1])
+                final.sample(out / "samples" / "final.png", config.stages[-1])
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return run
@@ -225,22 +226,12 @@ def batches_of(run: Run) -> Iterator[Iterator[list[Any]]]:
     def make(step: int) -> list[Any]:
         stage, parts = config.stage_at(step), accelerator.num_processes * config.accumulate
         at = At(step, config.position(step), stage.batch, parts=parts)
-        if stage.batch % parts:
-            among = f"{accelerator.num_processes} processes and {config.accumulate} passes"
-            raise UserError(f"a batch of {stage.batch} cannot be split evenly among {among}; change one of them")
         first = accelerator.process_index * config.accumulate
         return [run.task.batch(stage, replace(at, part=first + i)) for i in range(config.accumulate)]
 
     with ThreadPoolExecutor(1) as beside:
-
-        def stream() -> Iterator[list[Any]]:
-            coming = beside.submit(make, run.step)
-            for step in range(run.step + 1, config.total_steps + 1):
-                ready = coming.result()
-                coming = beside.submit(make, min(step, config.total_steps - 1))
-                yield ready
-
-        yield stream()
+        coming = (beside.submit(make, step) for step in range(run.step, config.total_steps))
+        yield (now.result() for now, _next in pairwise(chain(coming, [None])) if now)
 
 
 class HalfPrecision(nn.Module):
@@ -268,10 +259,10 @@ def averaged(run: Run) -> Iterator[Task]:
     """
     model = run.task.model
     if run.sharded:
-        state = {k: _gathered(v) for k, v in run.ema.items()}
-        task = dataclasses.replace(run.task) if run.main else run.task
+        state, task = whole(run, run.ema), replace(run.task) if run.main else run.task
         if run.main:
             task.model.load_state_dict(state, strict=False)
+            task.model.to(run.accelerator.device, torch.bfloat16)
         yield task
         return
     own = {k: v.clone() for k, v in trained(model).items()}
@@ -284,9 +275,14 @@ def averaged(run: Run) -> Iterator[Task]:
         model.train()
 
 
-def _gathered(value: Tensor) -> Tensor:
-    """A tensor that several processes share as a whole one, which takes all of them."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def whole(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the main process's CPU, nothing on the others; takes all of them, as each may hold a part."""
+    kept = dict[str, Tensor]()
+    for name, value in tensors.items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if run.main:
+            kept[name] = value.detach().to("cpu", copy=True).contiguous()
+    return kept
 
 
 def _shared(value: Tensor, like: Tensor) -> Tensor:
@@ -297,23 +293,31 @@ def _shared(value: Tensor, like: Tensor) -> Tensor:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state without the parameters that are frozen."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    """A model's state without what is frozen."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names |= {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
     """A run in a folder, at its beginning or at its newest checkpoint; errors as in `run_training`."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
     for number, stage in enumerate(config.stages, 1):
         try:
             task.check(stage)
+            if stage.batch % (accelerator.num_processes * config.accumulate):
+                among = f"{accelerator.num_processes} processes and {config.accumulate} passes"
+                raise ValueError(f"a batch of {stage.batch} cannot be split evenly among {among}")
         except (UserError, ValueError) as error:
             raise UserError(f"stage {number}: {error}; correct the config") from None
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
+    half = config.precision == "bf16"
+    if plugin := getattr(accelerator.state, "fsdp_plugin", None):  # noise levels stay in float32, and so do sums
+        kind = torch.bfloat16 if half else None
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
     accelerator.wait_for_everyone()  # each may have made a part of the task's data
     model = task.model.to(accelerator.device)
     sharded = accelerator.distributed_type == DistributedType.FSDP  # which casts by itself
-    learner = HalfPrecision(model) if config.precision == "bf16" and not sharded else model
+    learner = HalfPrecision(model) if half and not sharded else model
     learner, *optimizers = accelerator.prepare(learner, *make_optimizers(config, model))
     ema = {k: v.detach().clone() for k, v in trained(model).items()}
     run = Run(config, task, out, learner, optimizers, ema, accelerator)
@@ -321,6 +325,8 @@ def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
         if not resume:
             raise UserError(f"{out} holds a run at {newest.name}; add --resume to go on, or choose another folder")
         _load_checkpoint(run, newest)
+        for damaged in (path for path in out.glob(CHECKPOINTS) if path > newest and run.main):
+            damaged.unlink()
     _write_log(run)
     if run.main:
         sweep(out)
@@ -328,6 +334,8 @@ def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
         (out / "samples").mkdir(exist_ok=True)
     place = {"tensorboard": "tensorboard", "wandb": "captain-cinema"}[config.tracker]  # a folder, or a project
     accelerator.init_trackers(place, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    if run.main and not accelerator.trackers:
+        raise UserError(f"{config.tracker} is not installed; run `pip install {config.tracker}`")
     return run
 
 
@@ -350,8 +358,10 @@ def one_step(run: Run, stage: Stage, batches: list[Any]) -> dict[str, float]:
         parts.append({"loss": loss.detach(), **figures})
     names = sorted(parts[0])
     values = torch.tensor([[float(part[name]) for name in names] for part in parts], dtype=torch.float64)
-    values = run.accelerator.gather(values.to(run.accelerator.device)).nanmean(0)
-    told = dict(zip(names, values.tolist(), strict=True))
+    values = run.accelerator.gather(values.to(run.accelerator.device))
+    told = dict(zip(names, values.nanmean(0).tolist(), strict=True)) | {
+        "loss": values.mean(0)[names.index("loss")].item()
+    }
     told["grad_norm"] = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.grad_clip))
     told["rate"] = rate = run.config.rate(run.step)
     _check(run, stage, told)
@@ -446,11 +456,7 @@ def _save_checkpoint(run: Run) -> None:
             tensors |= {f"optimizer.{i}.{j}.{k}{NUMBER}": torch.tensor(v) for k, v in state if isinstance(v, int)}
     told = {name: getattr(run, name) for name in PROGRESS} | {"data": run.task.data_name}
     told["config"] = run.config.model_dump(mode="json")
-    kept = dict[str, Tensor]()
-    for name, value in tensors.items():
-        whole = _gathered(value.detach())  # by all, but only one has room for all of it
-        if run.main:
-            kept[name] = whole.cpu().contiguous().clone()
+    kept = whole(run, tensors)
     if not run.main:
         return
     write_card(run, run.out)
@@ -465,7 +471,7 @@ def _load_checkpoint(run: Run, path: Path) -> None:
     """Put a run back to where the checkpoint was written."""
     with safe_open(path, "pt") as file:
         told = {k: json.loads(v) for k, v in file.metadata().items()}
-        tensors = {k: file.get_tensor(k).to(run.accelerator.device) for k in file.keys()}  # noqa: SIM118
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     config = run.config.model_dump(mode="json")
     if not {*PROGRESS, "data"} <= {*told} or any(told["config"].get(k) != config[k] for k in {*config} - {*WATCHING}):
         raise UserError(f"{run.out} holds a run with another config; choose another folder or remove it")
@@ -479,10 +485,10 @@ def _load_checkpoint(run: Run, path: Path) -> None:
     vars(run).update({name: told[name] for name in PROGRESS})
     for kept, own in ((under("ema."), run.ema), (under("model."), trained(run.task.model))):
         for name, value in own.items():
-            value.copy_(_shared(kept[name], value))
+            value.copy_(_shared(kept[name].to(value.device), value))
     for i, optimizer in enumerate(run.optimizers):
         for j, parameter in enumerate(_parameters(optimizer)):
-            kept = {k: _shared(v, parameter) for k, v in under(f"optimizer.{i}.{j}.").items()}
+            kept = {k: _shared(v.to(parameter.device), parameter) for k, v in under(f"optimizer.{i}.{j}.").items()}
             numbers = {k.removesuffix(NUMBER): v.item() for k, v in kept.items() if k.endswith(NUMBER)}
             optimizer.state[parameter] = {k: v for k, v in kept.items() if not k.endswith(NUMBER)} | numbers
 

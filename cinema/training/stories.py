@@ -3,13 +3,14 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from pydantic import DirectoryPath, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from cinema.errors import UserError
 from cinema.files import atomic
-from cinema.interleave import CuratedFilms, Films, ToyFilms
+from cinema.interleave import Films, ToyFilms
 from cinema.training.loop import Task
 
 
 def processes() -> PartialState:
     """Which of how many processes this one is, and its device."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    waiting = timedelta(days=1)  # for one that encodes, samples or saves
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=waiting)
 
 
 class Cache:
@@ -69,23 +71,13 @@ class Cache:
 
 @dataclass(kw_only=True)
 class FilmTask(Task):
-    """A task on windows of films: curated ones, or toy movies."""
+    """A task on windows of films."""
 
     cache: Path  #: folder for what encoders make of them
-    data: DirectoryPath | None = None  #: folder of curated films; without it there are toy movies
     movies: PositiveInt = 400  #: toy movies in the training set
     shots: PositiveInt = 12  #: of each of them
     shift: PositiveFloat = 4.0  #: time shift of the training noise
     kind = "train"  # of toy movie: other kinds are other movies
-
-    def __post_init__(self) -> None:
-        self.films: Films = CuratedFilms(self.data) if self.data else self.toys
-        super().__post_init__()
-
-    @property
-    def data_name(self) -> str:
-        """As in `Task`."""
-        return self.films.name
 
     @property
     def toys(self) -> ToyFilms:
@@ -106,4 +98,12 @@ def fingerprint(encoders: Iterable[nn.Module], settings: Any = ()) -> str:
 def save_pipeline(kind: Any, folder: Path, shift: float, **parts: Any) -> None:
     """Write a folder that stock `kind.from_pretrained` loads, in bfloat16; the parts stay as they are."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    kind(scheduler=scheduler, **copy.deepcopy(parts)).to(torch.bfloat16).save_pretrained(folder)
+    halves = {name: halved(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+    kind(scheduler=scheduler, **halves).save_pretrained(folder)
+
+
+def halved(module: Any, device: torch.device | str = "cpu") -> Any:
+    """A copy in bfloat16 on a device, without ever holding another one."""
+    kept = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+    memo: dict[int, Any] = {id(x): type(x)(x.detach().to(device, torch.bfloat16, copy=True)) for x in kept}
+    return copy.deepcopy(module, memo).requires_grad_(False)
