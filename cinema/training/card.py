@@ -23,7 +23,7 @@ CARD = """---
 
 - **Data**: {data}
 - **Base**: {base}
-- **Intended use**: {use}
+- **Intended use**: learning how short movies are generated, and research on it
 - **Limits**: only what the data shows. Nothing here was checked for people, places or events outside of it.
 - **Licence**: {licence}
 

@@ -135,14 +135,9 @@ class Task:
         raise NotImplementedError
 
     def card(self) -> dict[str, str]:
-        """What a model card says: `about` the model, its `data` and its intended `use`."""
-        what = type(self).__name__.removesuffix("Task").lower()
-        use = "learning how short movies are generated, and research on it"
-        return {
-            "about": f"A part of Captain Cinema: {what}.",
-            "data": "the toy world, drawn by cinema.toyworld",
-            "use": use,
-        }
+        """What a model card says: `about` the model, and of its `data`."""
+        about = f"A part of Captain Cinema: {type(self).__name__.removesuffix('Task').lower()}."
+        return {"about": about, "data": "the toy world, drawn by cinema.toyworld"}
 
     def sample(self, path: Path, stage: Stage) -> None:
         """Write a picture that shows what the current weights can do, where there is something to see."""
@@ -359,9 +354,8 @@ def one_step(run: Run, stage: Stage, batches: list[Any]) -> dict[str, float]:
     names = sorted(parts[0])
     values = torch.tensor([[float(part[name]) for name in names] for part in parts], dtype=torch.float64)
     values = run.accelerator.gather(values.to(run.accelerator.device))
-    told = dict(zip(names, values.nanmean(0).tolist(), strict=True)) | {
-        "loss": values.mean(0)[names.index("loss")].item()
-    }
+    told = dict(zip(names, values.nanmean(0).tolist(), strict=True))
+    told["loss"] = values[:, names.index("loss")].mean().item()  # which has to be a number in all parts
     told["grad_norm"] = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.grad_clip))
     told["rate"] = rate = run.config.rate(run.step)
     _check(run, stage, told)
