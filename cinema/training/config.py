@@ -23,6 +23,8 @@ class Stage(BaseModel, extra="forbid", allow_inf_nan=False):
     lr: PositiveFloat = 1.0  #: factor on the run's learning rates
     mask: Literal["causal", "full"] | None = None  #: who sees whom; the preset's if not given
     shift: PositiveFloat | None = None  #: time shift of the noise, the task's if not given
+    untold: float = Field(default=0.0, ge=0, le=1)  #: share of windows whose captions tell no looks: what is remembered
+    #: is seen, not read
     shared_noise: bool = False  #: one noise level for a whole window, as in a stock model; else each pair has its own
 
 

@@ -115,7 +115,6 @@ class KeyframeTask(FilmTask):
     recall: NonNegativeFloat = (
         0.0  #: weight of `recall_error`; without it attention takes long to find a look by its name
     )
-    untold: Share = 0.0  #: share of windows whose captions tell no looks: what is remembered is seen, not read
     shuffled: Share = 0.0  #: share of steps whose memory is ranked by chance, as retrieval may, and not by recency
     context: Share = 0.35  #: share of the newest pairs (the last one excepted) that are nearly clean context
     context_sigma: Share = 0.25  #: upper bound of the context's noise
@@ -158,8 +157,8 @@ class KeyframeTask(FilmTask):
         self.settings = chosen.keyframes
         if self.quantise and not self.lora:
             raise ValueError("quantise freezes the base, so there is nothing to train without lora")
-        if self.data and (self.recall or self.untold):
-            raise ValueError("recall and untold need looks that are known word by word; leave them away with data")
+        if self.data and self.recall:
+            raise ValueError("recall needs looks that are known word by word; leave it away with data")
         self.films: Films = CuratedFilms(self.data) if self.data else self.toys
         vae = self._part(AutoencoderKL, self.vae, "vae")
         clip = self._part(CLIPTextModel, self.clip, "text_encoder")
@@ -196,13 +195,15 @@ class KeyframeTask(FilmTask):
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
         self.layout(stage, 0), self._windows(stage.pairs)
+        if self.data and stage.untold:
+            raise ValueError("untold needs looks that are known word by word; leave it away with data")
 
     def batch(self, stage: Stage, at: At) -> Batch:
         """Windows of films, told and noised."""
         windows, layout = self._windows(stage.pairs), self.layout(stage, at.step)
         chosen = [windows[position] for position in at.all]
         rngs = [random.Random(f"{self.seed}/{position}") for position in at.all]
-        captions = [self._tell(window, rng) for window, rng in zip(chosen, rngs, strict=True)]
+        captions = [self._tell(window, rng, stage.untold) for window, rng in zip(chosen, rngs, strict=True)]
         generators = [seeded(self.seed, position, "window") for position in at.all]
         noise = [self._noise(stage, layout, rng, own) for rng, own in zip(rngs, generators, strict=True)]
         sigma, learns = (torch.stack(x) for x in zip(*noise, strict=True))
@@ -312,8 +313,8 @@ class KeyframeTask(FilmTask):
         rank = (*rng.sample(range(1, pairs), pairs - 1), 0) if rng.random() < self.shuffled else None
         return Layout(pairs, s.height // PATCH, s.memory_levels, stage.group or pairs, s.memory_ratio, rank)
 
-    def _tell(self, window: Window, rng: random.Random) -> list[str]:
-        lines = self.films.captions(window.film, window.shots, described=rng.random() >= self.untold)
+    def _tell(self, window: Window, rng: random.Random, untold: float) -> list[str]:
+        lines = self.films.captions(window.film, window.shots, described=rng.random() >= untold)
         return ["" if rng.random() < self.caption_dropout else line for line in lines]
 
     def _read(
