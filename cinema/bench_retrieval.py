@@ -33,7 +33,7 @@ def bench_retrieval(
         movie = sample_flashback(f"heldout/{seed}/{i}")
         story, pictures = movie.story(), [render(movie, shot, settings.height) for shot in movie.shots]
         for name, rows in found.items():
-            retriever, covered = make_retriever(replace(settings, retrieval=name), text, "cpu", i), []
+            retriever, covered = make_retriever(replace(settings, retrieval=name), text.states, seed=i), []
             for j, shot in enumerate(story.shots):
                 query = Moment(shot, describe(story, shot.caption))
                 if j >= len(story.shots) * 3 // 4:  # after the return

@@ -52,7 +52,13 @@ class VideoSettings:
     steps: int
     shift: float
     guidance: float
-    keyframe_sigma: float  #: small noise on the keyframe conditions
+    keyframe_sigma: float  #: small noise on what conditions: keyframes, and shots drawn before
+    overlap: int  #: shots of a window that the window before it has drawn
+    memory_levels: int  #: the finest is for the window's own keyframes, the others for keyframes outside; 1 for none
+    memory_group: int  #: keyframes outside per level
+    memory_ratio: float | tuple[float, ...]
+    retrieval: str  #: who chooses them; recency takes the nearest
+    towers: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ TOY = Preset(
     ),
     video=VideoSettings(
         weights=str(WEIGHTS / "video"), height=128, width=256, frames=17, fps=8, window=4, text_tokens=28,
-        steps=12, shift=2.0, guidance=1.0, keyframe_sigma=0.02,
+        steps=12, shift=2.0, guidance=1.0, keyframe_sigma=0.02, overlap=0,
+        memory_levels=1, memory_group=4, memory_ratio=1.58, retrieval="recency", towers=str(WEIGHTS / "retrieval"),
     ),
 )
 FLUX = Preset(
@@ -106,7 +113,8 @@ FLUX = Preset(
         TOY.video, weights="Lightricks/LTX-Video", height=480, width=960,
         frames=121, fps=24,  # 5 s
         window=9,  # LCT's longest scene
-        text_tokens=128, steps=30, guidance=3.0,
+        text_tokens=128, steps=30, guidance=3.0, overlap=1,
+        memory_levels=4, memory_ratio=PHI, retrieval="clip", towers="ViT-B-32:laion2b_s34b_b79k",
     ),
 )
 SMALL = replace(

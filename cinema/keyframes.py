@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from cinema.config import KeyframeSettings, Preset
+from cinema.config import KeyframeSettings, Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.flow import OnStep, euler, schedule
 from cinema.goldenmem import PATCH, Layout, coordinates, shrink, tokens
@@ -69,6 +69,10 @@ class TextEncoders:
         pooled = tokenize(self.tokenizer, [caption], self.tokenizer.model_max_length).input_ids
         pooled = self.text_encoder(pooled.to(self.text_encoder.device)).pooler_output
         return self.text_encoder_2(words)[0][0], pooled[0]
+
+    def states(self, caption: str) -> Float[Tensor, "t e"]:
+        """T5's states of a caption's own tokens."""
+        return self(caption)[0][: len(self.tokenizer_2(caption).input_ids)]
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> Any:
@@ -204,7 +208,8 @@ class KeyframePlanner:
         known, captions, settings = known or {}, rename(story, self.tags), self.settings
         told = (shot.model_copy(update={"caption": line}) for shot, line in zip(story.shots, captions, strict=True))
         moments = [Moment(shot, describe(story, own.caption)) for shot, own in zip(told, story.shots, strict=True)]
-        memory, retriever = list[Remembered](), make_retriever(settings, self.text, str(self.transformer.device), seed)
+        memory, device = list[Remembered](), str(self.transformer.device)
+        retriever = make_retriever(settings, self.text.states, device, seed)
         by_window = groupby(range(len(captions)), lambda i: (i // settings.window, i in known))
         windows = [list(shots) for _, shots in by_window]
         todo = [shots for shots in windows if shots[0] not in known]
@@ -253,8 +258,7 @@ class KeyframePlanner:
         room = self.settings.memory_levels * self.settings.memory_group - self._fresh(len(moments))
         if not now or not room:
             return []
-        found = chain.from_iterable(zip_longest(*(retriever.rank(moment, room) for moment in moments)))
-        return [i for i in dict.fromkeys([now - 1, *found]) if i is not None][:room]
+        return [*dict.fromkeys([now - 1, *ranked(retriever, moments, room)])][:room]
 
     def _layout(self, order: Sequence[int], count: int) -> Layout:
         """Of the remembered, which are of this order of importance, and what is drawn, which comes before them all."""
@@ -332,12 +336,22 @@ class KeyframePlanner:
         return groups
 
 
-def make_retriever(settings: KeyframeSettings, text: TextEncoders, device: str, seed: int) -> Retriever:
-    """The retriever that the settings name; UserError if there is none, or its towers cannot be loaded."""
+def ranked(retriever: Retriever, moments: Sequence[Moment], room: int) -> list[int]:
+    """The frames that so many moments need most, asked in turn, each frame once."""
+    found = chain.from_iterable(zip_longest(*(retriever.rank(moment, room) for moment in moments)))
+    return [i for i in dict.fromkeys(found) if i is not None][:room]
 
-    def states(caption: str) -> Float[Tensor, "t e"]:  # of the caption's own tokens
-        return text(caption)[0][: len(text.tokenizer_2(caption).input_ids)]
 
+def make_retriever(
+    settings: KeyframeSettings | VideoSettings,
+    states: Callable[[str], Float[Tensor, "_t e"]],
+    device: str = "cpu",
+    seed: int = 0,
+) -> Retriever:
+    """The retriever that the settings name, `states` being T5's of a caption's own tokens.
+
+    UserError if there is none, or its towers cannot be loaded.
+    """
     makers: dict[str, Callable[[], Retriever]] = {
         "recency": Recency,
         "clip": lambda: ClipRetriever(settings.towers, device),

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from itertools import accumulate
@@ -154,7 +155,8 @@ def animate_storyboard(
         known = {i for i, (path, count) in enumerate(zip(paths, counts, strict=True)) if _is_whole(path, count, preset)}
         if len(known) < len(paths):
             animator = Animator.from_preset(preset, _device())
-            for index, frames in animator.animate(story, images, seed, on_progress, known):
+            drawn = {i: partial(_frames, paths[i]) for i in known}
+            for index, frames in animator.animate(story, images, seed, on_progress, drawn):
                 with atomic(paths[index]) as part:
                     frames[0].save(part, save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
         _join(paths, out, preset.video)
@@ -182,9 +184,13 @@ def _join(shots: list[Path], out: Path, settings: VideoSettings) -> None:
     """Write the film with hard cuts."""
     with FilmWriter(out, settings.width, settings.height, settings.fps) as film:
         for path in shots:
-            with Image.open(path) as shot:
-                for frame in ImageSequence.Iterator(shot):
-                    film.add(frame.convert("RGB"))
+            for frame in _frames(path):
+                film.add(frame)
+
+
+def _frames(shot: Path) -> list[Image.Image]:
+    with Image.open(shot) as frames:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(frames)]
 
 
 def _check(story: Story, out: Path, preset: Preset) -> list[int]:

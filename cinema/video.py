@@ -2,16 +2,18 @@
 
 A window of shots is one sequence, so every shot sees every keyframe, the nearly clean first latent frame of its own
 shot. Each has its own noise level, range of rope coordinates and caption, beside the window's global one (Long Context
-Tuning, Guo et al. 2025, section 3).
+Tuning, Guo et al. 2025, section 3). Keyframes of shots outside the window condition it, too, at GoldenMem's coarser
+levels; and it begins with shots that the window before it ended with.
 Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their tokens, `c` channels, `f y x` latents.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from einops import rearrange, repeat
@@ -23,8 +25,21 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cinema.config import Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.flow import OnStep, euler, schedule
-from cinema.keyframes import load_parts, rename, seeded, teller, to_image, to_tensor, tokenize, warn_if_cut
+from cinema.goldenmem import PATCH, coordinates, levels, shrink
+from cinema.keyframes import (
+    load_parts,
+    make_retriever,
+    ranked,
+    rename,
+    seeded,
+    teller,
+    to_image,
+    to_tensor,
+    tokenize,
+    warn_if_cut,
+)
 from cinema.progress import Progress
+from cinema.retrieval import Moment, describe
 from cinema.story import Shot, Story
 
 TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
@@ -39,9 +54,12 @@ class Window:
     width: int  #: likewise
     fps: int  #: frames per second; rope counts time in seconds
     stride: tuple[int, int] = (TIME, 32)  #: frames and pixels of a latent; LTX-Video's, if not told
+    before: tuple[int, ...] = ()  #: latent rows of pictures that precede it, in order of time; they are twice as wide
+    after: tuple[int, ...] = ()  #: likewise of pictures that follow it
     grid: tuple[int, int] = field(init=False)  #: latent rows and columns
     sizes: list[int] = field(init=False)  #: tokens of every shot
-    shot: Int[Tensor, "s"] = field(init=False)  #: the shot that each token belongs to
+    outside: int = field(init=False)  #: tokens of the pictures, which come first in the sequence
+    shot: Int[Tensor, "s"] = field(init=False)  #: the shot that each token belongs to, -1 for a picture outside
     first: Bool[Tensor, "s"] = field(init=False)  #: whether it is of a shot's first latent frame, its keyframe's
 
     def __post_init__(self) -> None:
@@ -53,13 +71,24 @@ class Window:
         self.grid = self.height // space, self.width // space
         area = self.grid[0] * self.grid[1]
         self.sizes = [((n - 1) // time + 1) * area for n in self.frames]
-        self.shot = torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
-        self.first = torch.cat([torch.arange(size) < area for size in self.sizes])
+        self.outside = sum(map(picture_tokens, self.before + self.after))
+        shot = torch.arange(len(self.frames)).repeat_interleave(torch.tensor(self.sizes))
+        self.shot = F.pad(shot, (self.outside, 0), value=-1)
+        first = torch.cat([torch.arange(size) < area for size in self.sizes])
+        self.first = F.pad(first, (self.outside, 0), value=False)
 
     @cached_property
     def coordinates(self) -> Float[Tensor, "3 s"]:
-        """(seconds, y, x) of each token: stock LTX-Video's in each shot, and each shot starts where the last ended."""
-        parts, start, (every, space) = [], 0, self.stride
+        """(seconds, y, x) of each token: stock LTX-Video's in each shot, and each shot starts where the last ended.
+
+        Pictures outside lie before and after it, each the time of a latent from the next, over the same extent.
+        """
+        parts, start, (every, space) = list[Tensor](), 0, self.stride
+        places = [*range(-len(self.before), 0), *range(len(self.after))]
+        for place, rows in zip(places, self.before + self.after, strict=True):
+            seconds = (place * every + (place >= 0) * sum(self.frames)) / self.fps
+            yx = space * coordinates(rows, self.grid[0])
+            parts.append(F.pad(yx, (1, 0), value=seconds).T)
         y, x = (torch.arange(n, dtype=torch.float32) * space for n in self.grid)
         for count in self.frames:
             time = (start + (torch.arange(0, count, every) + 1 - every).clamp(min=0)) / self.fps
@@ -70,10 +99,11 @@ class Window:
     def caption_bias(self, words: Bool[Tensor, "b n t"]) -> Float[Tensor, "b s nt"]:
         """What is added to cross attention's scores: a token reads the global caption (the first) and its shot's own.
 
-        `words` is False for padding. -10,000 hides, as in stock LTX-Video.
+        A picture outside reads all, as a stock condition does. `words` is False for padding. -10,000 hides, as there.
         """
         caption = torch.arange(words.shape[1], device=words.device) - 1
-        own = (caption == -1) | (caption == self.shot.to(words.device)[:, None])  # s n
+        shot = self.shot.to(words.device)[:, None]
+        own = (caption == -1) | (caption == shot) | (shot == -1)  # s n
         seen = rearrange(words, "b n t -> b 1 n t") & rearrange(own, "s n -> s n 1")
         return rearrange((~seen).float() * -10_000, "b s n t -> b s (n t)")
 
@@ -139,6 +169,11 @@ def shot_frames(shot: Shot, settings: VideoSettings) -> int:
     return TIME * max(1, round((wanted - 1) / TIME)) + 1
 
 
+def picture_tokens(rows: int) -> int:
+    """Tokens of a picture outside a window."""
+    return 2 * rows * rows
+
+
 def global_caption(story: Story, shots: Sequence[Shot]) -> str:
     """What a window's shots share in words: the looks of the characters they name."""
     tags = {tag for shot in shots for tag in shot.tags}
@@ -173,14 +208,59 @@ class Animator:
         keyframes: Sequence[Image.Image],
         seed: int = 0,
         on_progress: Progress | None = None,
-        known: Collection[int] = (),
+        drawn: Mapping[int, Callable[[], list[Image.Image]]] | None = None,
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Yield (shot, its frames) in the order of the story, window after window; `known` shots are left out.
+        """Yield (shot, its frames) in the order of the story, window after window, but those that are `drawn` already.
 
-        A shot depends on its window (captions and keyframes of at most `settings.window` shots, counted from the
-        start of the story) and on noise seeded by (seed, shot), so that a shot rendered again is the same.
-        UserError if keyframes are missing or of another aspect, a shot is too short, or the cast is too large.
+        A shot depends on its window: captions and keyframes of at most `settings.window` shots, counted from the start
+        of the story; keyframes outside that it remembers; and, as windows overlap, the last shots of the window before,
+        as `drawn` reads them. Noise is seeded by (seed, shot), so a shot rendered again is the same. UserError if
+        keyframes are missing or of another aspect, a shot is too short, or the cast is too large.
         """
+        settings, every = self.settings, range(len(story.shots))
+        self._check(story, keyframes)
+        for shot in story.shots:
+            shot_frames(shot, settings)  # too short a one is found before the work
+        fresh = settings.window - settings.overlap
+        spans = [every[i : i + settings.window] for i in every[::fresh] if not i or i + settings.overlap < len(every)]
+        done, ready = dict[int, list[Image.Image]](), drawn or {}
+        todo = [shots for w, shots in enumerate(spans) if not {*shots[settings.overlap * (w > 0) :]} <= {*ready}]
+        for shots in todo:
+            kept = shots[: settings.overlap] if shots[0] else shots[:0]
+            message = f"shots {shots[len(kept)] + 1} to {shots[-1] + 1} of {len(every)}"
+            tell = teller(on_progress, todo.index(shots) * settings.steps, len(todo) * settings.steps, message)
+            given = {i: ready[i]() if i in ready else done[i] for i in kept}
+            conditions = self._conditions(story, shots, keyframes, given)
+            for i, own in zip(shots, self._sample(story, shots, conditions, seed, tell), strict=True):
+                if i not in kept and i not in ready:
+                    clip = decode_clips(self.vae, own[None], conditions[0].grid)
+                    done[i] = [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
+                    yield i, done[i]
+            done = {i: frames for i, frames in done.items() if i > shots[-1] - settings.overlap}
+
+    def window(self, frames: Sequence[int], before: Sequence[int] = (), after: Sequence[int] = ()) -> Window:
+        """A window of shots of these lengths, and of pictures outside of so many latent rows, at the settings' size."""
+        size, strides = (self.settings.height, self.settings.width), self._strides
+        return Window(tuple(frames), *size, self.settings.fps, strides, tuple(before), tuple(after))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Latent rows of pictures outside a window: GoldenMem's levels but the finest, which is the window's own."""
+        settings = self.settings
+        return levels(settings.height // self._strides[1], settings.memory_levels, settings.memory_ratio)[1:]
+
+    def encode_picture(self, picture: Image.Image, rows: int | None = None) -> Float[Tensor, "1 s c"]:
+        """Tokens of a keyframe at the film's size, or shrunk in pixel space to so many latent rows."""
+        size = self.settings.width, self.settings.height
+        pixels = to_tensor(picture.resize(size, Image.Resampling.LANCZOS))
+        small = pixels if rows is None else shrink(pixels, rows * self._strides[1] // PATCH)
+        return encode_clips(self.vae, rearrange(small, "1 c h w -> 1 c 1 h w"))
+
+    @property
+    def _strides(self) -> tuple[int, int]:
+        return self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
+
+    def _check(self, story: Story, keyframes: Sequence[Image.Image]) -> None:
         if len(keyframes) != len(story.shots):
             raise UserError(f"{story.title}: {len(keyframes)} keyframes for {len(story.shots)} shots; give one a shot")
         width, height = self.settings.width, self.settings.height
@@ -188,51 +268,77 @@ class Animator:
             if abs(image.width * height / (image.height * width) - 1) > 0.02:
                 told = f"a keyframe of {image.width} x {image.height} pixels does not have the film's aspect"
                 raise UserError(f"{told}, {width} x {height}; crop it first")
-        lengths = [shot_frames(shot, self.settings) for shot in story.shots]
-        size, steps, every = self.settings.window, self.settings.steps, range(len(lengths))
-        windows = [every[i : i + size] for i in every[::size] if not set(every[i : i + size]) <= set(known)]
-        for w, shots in enumerate(windows):
-            message = f"shots {shots[0] + 1} to {shots[-1] + 1} of {len(lengths)}"
-            tell = teller(on_progress, w * steps, len(windows) * steps, message)
-            window = self.window([lengths[i] for i in shots])
-            for i, tokens in zip(shots, self._draw(story, shots, window, keyframes, seed, tell), strict=True):
-                if i not in known:
-                    clip = decode_clips(self.vae, tokens[None], window.grid)
-                    yield i, [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
 
-    def window(self, frames: Sequence[int]) -> Window:
-        """A window of shots of these lengths, at the size of the settings."""
-        strides = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
-        return Window(tuple(frames), self.settings.height, self.settings.width, self.settings.fps, strides)
+    def _remembered(self, story: Story, shots: range, keyframes: Sequence[Image.Image]) -> dict[int, int]:
+        """Shots outside a window whose keyframes it remembers, in order of time, and their latent rows."""
+        room, group = len(self.levels) * self.settings.memory_group, self.settings.memory_group
+        others = [i for i in range(len(keyframes)) if i not in shots]
+        others.sort(key=lambda i: -min(abs(i - j) for j in shots))  # the nearest last, as if it were the newest
+        if not room or not others:
+            return {}
+        retriever = make_retriever(self.settings, self._states, str(self.transformer.device))
+        asked = [Moment(shot, describe(story, shot.caption)) for shot in story.shots]
+        for i in others:
+            retriever.add(replace(asked[i], image=keyframes[i]))
+        order = ranked(retriever, [asked[i] for i in shots], room)
+        return dict(sorted((others[j], self.levels[rank // group]) for rank, j in enumerate(order)))
+
+    def _states(self, caption: str) -> Float[Tensor, "t e"]:
+        states, words = self.encode_text([caption])
+        return states[0][words[0]]
+
+    def _conditions(
+        self,
+        story: Story,
+        shots: range,
+        keyframes: Sequence[Image.Image],
+        given: Mapping[int, list[Image.Image]],
+    ) -> tuple[Window, Float[Tensor, "1 s c"], Bool[Tensor, "s"]]:
+        """A window, its tokens as far as they are known, and which are; of `given` shots all are."""
+        seen = self._remembered(story, shots, keyframes)
+        sides = ([rows for i, rows in seen.items() if (i < shots[0]) == early] for early in (True, False))
+        window = self.window([shot_frames(story.shots[i], self.settings) for i in shots], *sides)
+        parts = [self.encode_picture(keyframes[i], rows) for i, rows in seen.items()]
+        for i, size in zip(shots, window.sizes, strict=True):
+            if i in given:
+                clip = rearrange([to_tensor(frame) for frame in given[i]], "t 1 c h w -> 1 c t h w")
+            known = encode_clips(self.vae, clip) if i in given else self.encode_picture(keyframes[i])
+            parts.append(F.pad(known, (0, 0, 0, size - known.shape[1])))
+        whole = torch.tensor([i in given for i in shots] + [True])  # the last place is -1's, of pictures outside
+        return window, torch.cat(parts, dim=1), window.first | whole[window.shot]
 
     @torch.no_grad()
-    def _draw(
-        self, story: Story, shots: range, window: Window, keyframes: Sequence[Image.Image], seed: int, on_step: OnStep
+    def _sample(
+        self,
+        story: Story,
+        shots: range,
+        conditions: tuple[Window, Float[Tensor, "1 s c"], Bool[Tensor, "s"]],
+        seed: int,
+        on_step: OnStep,
     ) -> list[Float[Tensor, "_s c"]]:
         """Tokens of the window's shots, drawn together. With guidance > 1 empty captions run beside the real."""
-        settings, model, size = self.settings, self.transformer, (self.settings.width, self.settings.height)
-        first, told = window.first.to(model.device), [story.shots[i] for i in shots]
+        settings, model, (window, clean, given) = self.settings, self.transformer, conditions
+        told = [story.shots[i] for i in shots]
         shared = Shot.model_construct(caption=global_caption(story, told))
         captions = rename(story.model_copy(update={"shots": [shared, *told]}), self.tags)
         lines = [captions, [""] * len(captions)] if settings.guidance > 1 else [captions]
         states, words = (torch.stack(parts) for parts in zip(*map(self.encode_text, lines), strict=True))
-        sized = (to_tensor(keyframes[i].resize(size, Image.Resampling.LANCZOS)) for i in shots)
-        clean = torch.cat([encode_clips(self.vae, rearrange(x, "1 c h w -> 1 c 1 h w")) for x in sized], dim=1)
-        shapes = [(1, tokens, clean.shape[2]) for tokens in window.sizes]
-        noise = [torch.randn(s, generator=seeded(seed, i, "shot")) for s, i in zip(shapes, shots, strict=True)]
-        start, clean = torch.cat(noise, dim=1).to(model.device), clean.to(model.device)  # 1 s c
-        start[:, first] = torch.lerp(clean, start[:, first], settings.keyframe_sigma)
+        sizes, kinds = [window.outside, *window.sizes], [(shots[0], "outside"), *((i, "shot") for i in shots)]
+        shapes = [(1, tokens, clean.shape[2]) for tokens in sizes]
+        noise = [torch.randn(shape, generator=seeded(seed, *kind)) for shape, kind in zip(shapes, kinds, strict=True)]
+        start, clean, given = torch.cat(noise, dim=1).to(model.device), clean.to(model.device), given.to(model.device)
+        start[:, given] = torch.lerp(clean, start, settings.keyframe_sigma)[:, given]
 
         def velocity(x: Float[Tensor, "1 s c"], sigma: float) -> Float[Tensor, "1 s c"]:
             tokens = repeat(x, "1 s c -> b s c", b=len(lines)).to(model.dtype)
-            levels = repeat(torch.where(first, settings.keyframe_sigma, sigma), "s -> b s", b=len(lines))
+            levels = repeat(torch.where(given, settings.keyframe_sigma, sigma), "s -> b s", b=len(lines))
             out = window_velocity(model, tokens, levels, states, words, window).float()
             out = out if len(lines) == 1 else torch.lerp(out[1:], out[:1], settings.guidance)
-            return out.masked_fill(first[:, None], 0.0)  # keyframes stay
+            return out.masked_fill(given[:, None], 0.0)  # what is given stays
 
         drawn = euler(velocity, start, schedule(settings.steps, settings.shift), on_step)
-        drawn[:, first] = clean
-        return list(drawn[0].split(window.sizes))
+        drawn[:, given] = clean[:, given]
+        return list(drawn[0].split(sizes))[1:]
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> tuple[Float[Tensor, "n t e"], Bool[Tensor, "n t"]]:

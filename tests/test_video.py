@@ -5,15 +5,19 @@ import pytest
 import tiny
 import tiny_video
 import torch
-from diffusers import LTXConditionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from diffusers.pipelines.ltx import pipeline_ltx_condition
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from cinema.errors import UserError
-from cinema.keyframes import to_tensor
+from cinema.flow import schedule
+from cinema.keyframes import seeded, to_tensor
 from cinema.story import Character, Shot, Story
 from cinema.video import Animator, Window, decode_clips, encode_clips, global_caption, shot_frames, window_velocity
 
@@ -152,7 +156,7 @@ def test_same_seed_same_film_and_shots_rendered_again_are_the_same(animator: Ani
     keyframes = pictures()
     film = bytes_of(list(animator.animate(story(), keyframes, seed=3)))
     assert film == bytes_of(list(animator.animate(story(), keyframes, seed=3)))
-    again = bytes_of(list(animator.animate(story(), keyframes, seed=3, known={0, 2})))
+    again = bytes_of(list(animator.animate(story(), keyframes, seed=3, drawn={0: list, 2: list})))
     assert again == {1: film[1]}
     assert all(film[i] != frames for i, frames in bytes_of(list(animator.animate(story(), keyframes, seed=4))).items())
 
@@ -207,3 +211,68 @@ def test_bad_input_is_one_sentence(animator: Animator, folder: Path, tmp_path: P
 def test_a_caption_that_is_too_long_warns(animator: Animator) -> None:
     with pytest.warns(UserWarning, match="tokens and only 10 are read"):
         animator.encode_text(["wide shot, forest. " * 10])
+
+
+def remembering(folder: Path, **changes: object) -> Animator:
+    """Windows of one shot that see the other keyframes at full size, and keyframes without noise."""
+    memory = {"window": 1, "memory_levels": 2, "memory_ratio": (1.0,), "keyframe_sigma": 0.0}
+    return Animator.from_preset(tiny_video.preset(folder, folder, **memory | changes))
+
+
+def test_the_stock_pipeline_makes_the_same_film(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shot, its keyframe, and the next shot's keyframe as a condition after its end: same seed, same frames."""
+    animator, told = remembering(folder), story([CAPTIONS[0], CAPTIONS[2]], duration=2.125)
+    keyframes, pipeline = pictures(2), LTXConditionPipeline.from_pretrained(folder)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # the times below are shifted already
+    pipeline.vae.encoder.conv_out.conv.bias.data[tiny_video.LATENT :] = -30.0  # it samples; ours takes the mode
+    _, ours = next(animator.animate(told, keyframes, seed=3))
+    captions = [global_caption(told, told.shots[:1]), CAPTIONS[0]]
+    states, words = animator.encode_text(captions)
+    noise = torch.randn(1, 3 * 2 * 4, tiny_video.LATENT, generator=seeded(3, 0, "shot"))
+    drawn = iter([rearrange(noise, "1 (f y x) c -> 1 c f y x", y=2, x=4), torch.zeros(1, tiny_video.LATENT, 1, 2, 4)])
+    monkeypatch.setattr(pipeline_ltx_condition, "randn_tensor", lambda *shape, **where: next(drawn))
+    stock = pipeline(
+        conditions=[LTXVideoCondition(image=x, frame_index=i) for x, i in zip(keyframes, (0, 17), strict=True)],
+        prompt_embeds=states.flatten(0, 1)[None],
+        prompt_attention_mask=words.flatten()[None],
+        timesteps=[1000 * sigma for sigma in schedule(2, animator.settings.shift)[:-1]],
+        **{"height": 64, "width": 128, "num_frames": 17, "frame_rate": 8, "guidance_scale": 1.0},
+        image_cond_noise_scale=0.0,
+        output_type="np",
+    ).frames[0]
+    mine = torch.cat([to_tensor(frame) for frame in ours]) / 2 + 0.5
+    assert (mine - torch.from_numpy(stock).permute(0, 3, 1, 2)).abs().max() < 0.5 / 255 + 1e-4  # ours are rounded
+
+
+@pytest.mark.parametrize("shown", [0, 2])
+def test_keyframes_outside_a_window_condition_it(folder: Path, shown: int) -> None:
+    keyframes = pictures()
+    other = [*keyframes]
+    other[shown] = Image.new("RGB", (128, 64), "red")
+    for levels, same in ((1, True), (2, False)):
+        animator = remembering(folder, memory_levels=levels, memory_ratio=(1.0,) * (levels - 1))
+        films = [bytes_of(list(animator.animate(story(), x)))[1] for x in (keyframes, other)]
+        assert (films[0] == films[1]) is same
+
+
+def test_what_is_remembered_goes_by_levels_and_lies_before_and_after(folder: Path) -> None:
+    animator = remembering(folder, memory_levels=3, memory_group=1, memory_ratio=(1.0, 2.0))
+    told, keyframes = story([*CAPTIONS, CAPTIONS[0]]), pictures(4)
+    assert animator._remembered(told, range(2, 3), keyframes) == {1: 1, 3: 2}  # both are near; the later came last
+    window, clean, given = animator._conditions(told, range(2, 3), keyframes, {})
+    assert (window.before, window.after, window.outside) == ((1,), (2,), 10)
+    assert given.sum() == 10 + 8 and clean[:, ~given].abs().max() == 0
+    time = window.coordinates[0]
+    assert (time[:2] == -1).all() and (time[2:10] == 9 / 8).all() and time[10:].unique().tolist() == [0, 1 / 8]
+
+
+def test_windows_overlap_and_go_on_from_what_is_drawn(folder: Path) -> None:
+    animator = Animator.from_preset(tiny_video.preset(folder, folder, overlap=1))
+    told, keyframes = story([*CAPTIONS, CAPTIONS[0]]), pictures(4)
+    shots = dict(animator.animate(told, keyframes))
+    assert list(shots) == [0, 1, 2, 3]
+    rest = dict(animator.animate(told, keyframes, drawn={i: lambda i=i: shots[i] for i in (0, 1)}))
+    assert {i: bytes_of([(i, x)])[i] for i, x in rest.items()} == {i: bytes_of([(i, shots[i])])[i] for i in (2, 3)}
+    black = [Image.new("RGB", (128, 64))] * 9
+    other = dict(animator.animate(told, keyframes, drawn={0: lambda: black, 1: lambda: black}))
+    assert bytes_of([(2, other[2])]) != bytes_of([(2, shots[2])])
