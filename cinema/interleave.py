@@ -9,7 +9,7 @@ alone, not on how many processes read that stream.
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
@@ -17,8 +17,11 @@ from itertools import combinations, count
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import av
+import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from cinema.curation.clips import FOLDER
 from cinema.curation.store import CuratedShot, read_done, read_film, read_rows
 from cinema.errors import UserError
 from cinema.toyworld.draw import render
@@ -51,6 +54,9 @@ class Films(Protocol):
 
     def frames(self, film: int, height: int) -> list[Image.Image]:
         """The keyframes of all shots, twice as wide as high."""
+
+    def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
+        """The beginnings of all shots, so many frames each."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,12 @@ class ToyFilms:
         movie = self.movie(film)
         return [render(movie, shot, height) for shot in movie.shots]
 
+    def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
+        """As in `Films`, but whole shots, whatever time they take."""
+        movie = self.movie(film)
+        for shot in movie.shots:
+            yield [render(movie, shot, height, time=i / max(1, frames - 1)) for i in range(frames)]
+
 
 _movie = lru_cache(maxsize=ROOM)(sample_movie)
 
@@ -107,11 +119,11 @@ _movie = lru_cache(maxsize=ROOM)(sample_movie)
 class CuratedFilms:
     """What `cinema curate` left in a folder: kept shots that have a keyframe and a caption, of films that are done.
 
-    UserError if there are none.
+    With `seconds`, those that last as long at least. UserError if there are none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.paths, self.lengths, digests = list[Path](), list[int](), list[str]()
+    def __init__(self, folder: Path, seconds: float = 0.0) -> None:
+        self.seconds, self.paths, self.lengths, digests = seconds, list[Path](), list[int](), list[str]()
         for path in sorted(folder.glob("*.parquet")):
             done = read_done(path.with_suffix(".done.json"))
             if done and (shots := self._kept(read_film(path, images=False).shots)):
@@ -123,9 +135,9 @@ class CuratedFilms:
             raise UserError(f"{folder}: no curated film with captions is there; {rule}")
         self.name = f"{folder.name}-{hashlib.blake2b(repr(digests).encode(), digest_size=6).hexdigest()}"
 
-    @staticmethod
-    def _kept(shots: Sequence[CuratedShot]) -> list[CuratedShot]:
-        return [s for s in shots if s.kept and s.caption and s.keyframe_s is not None]
+    def _kept(self, shots: Sequence[CuratedShot]) -> list[CuratedShot]:
+        long = (s for s in shots if s.end_s - s.start_s >= self.seconds)
+        return [s for s in long if s.kept and s.caption and s.keyframe_s is not None]
 
     def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
         """As in `Films`; they are as they are."""
@@ -145,6 +157,27 @@ class CuratedFilms:
         """As in `Films`."""
         pictures = (Image.open(BytesIO(s.image or b"")) for s in self._kept(list(read_rows(self.paths[film]))))
         return [ImageOps.fit(picture.convert("RGB"), (2 * height, height)) for picture in pictures]
+
+    def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
+        """As in `Films`, of the picture area, pixels taken as squares. UserError if videos are missing or short."""
+        path = self.paths[film]
+        table = path.parent / FOLDER / path.name
+        if not table.is_file():
+            raise UserError(f"{table}: there are no videos of shots; curate the film again with --video")
+        places = {row["shot"]: row for row in pq.read_table(table).to_pylist()}
+        for shot in self._kept(read_film(path, images=False).shots):
+            place, area = places[shot.shot], (shot.crop_left, shot.crop_top, shot.crop_right, shot.crop_bottom)
+            with (table.parent / place["tar"]).open("rb") as tar:
+                tar.seek(place["offset"])
+                video = BytesIO(tar.read(place["size"]))
+            taken = list[Image.Image]()
+            with av.open(video, "r") as container:
+                for frame in container.decode(video=0):
+                    while len(taken) < min(frames, (frame.time or 0.0) * fps + 0.5):  # the nearest frame, or the next
+                        taken.append(ImageOps.fit(frame.to_image().crop(area), (2 * height, height)))
+            if len(taken) < frames:
+                raise UserError(f"{path}: shot {shot.shot} has {len(taken)} frames at {fps} a second, not {frames}")
+            yield taken
 
 
 @dataclass(frozen=True)

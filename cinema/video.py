@@ -7,6 +7,7 @@ levels; and it begins with shots that the window before it ended with.
 Axes: `b` windows, `k` shots, `s` tokens of a window, `n t` captions and their tokens, `c` channels, `f y x` latents.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,7 +41,7 @@ from cinema.keyframes import (
 )
 from cinema.progress import Progress
 from cinema.retrieval import Moment, describe
-from cinema.story import Shot, Story
+from cinema.story import TAG, Shot, Story
 
 TIME = 8  # frames of a latent of LTX-Video; shots have 8 j + 1
 
@@ -174,10 +175,10 @@ def picture_tokens(rows: int) -> int:
     return 2 * rows * rows
 
 
-def global_caption(story: Story, shots: Sequence[Shot]) -> str:
-    """What a window's shots share in words: the looks of the characters they name."""
-    tags = {tag for shot in shots for tag in shot.tags}
-    return " ".join(f"{c.tag}: {c.description}." for c in story.cast if c.tag in tags and c.description)
+def global_caption(looks: Mapping[str, str], captions: Sequence[str]) -> str:
+    """What a window's shots share in words: the looks, by tag, of the characters that their captions name."""
+    named = {tag for line in captions for tag in re.findall(TAG, line)}
+    return " ".join(f"{tag}: {look}." for tag, look in looks.items() if tag in named and look)
 
 
 @dataclass
@@ -319,7 +320,8 @@ class Animator:
         """Tokens of the window's shots, drawn together. With guidance > 1 empty captions run beside the real."""
         settings, model, (window, clean, given) = self.settings, self.transformer, conditions
         told = [story.shots[i] for i in shots]
-        shared = Shot.model_construct(caption=global_caption(story, told))
+        looks = {character.tag: character.description for character in story.cast}
+        shared = Shot.model_construct(caption=global_caption(looks, [shot.caption for shot in told]))
         captions = rename(story.model_copy(update={"shots": [shared, *told]}), self.tags)
         lines = [captions, [""] * len(captions)] if settings.guidance > 1 else [captions]
         states, words = (torch.stack(parts) for parts in zip(*map(self.encode_text, lines), strict=True))

@@ -125,12 +125,20 @@ def test_the_parts_of_a_batch_are_its_windows_and_their_mean_is_its_loss(task: K
     assert task.ids(stage, At(7, 28, 4)).count("film") == 4
 
 
+def test_captions_tell_no_looks_in_the_share_of_windows_that_a_stage_asks_for(task: KeyframeTask) -> None:
+    batch = [task.batch(Stage(steps=1, batch=2, pairs=2, untold=share), At(0, 0, 2)) for share in (0.0, 1.0)]
+    window = task._windows(2)[0]
+    assert not torch.equal(batch[0].text, batch[1].text) and torch.equal(batch[0].target, batch[1].target)
+    told = [task._tell(window, random.Random(0), share) for share in (0.0, 1.0)]
+    assert any(": " in line for line in told[0]) and not any(": " in line for line in told[1])
+
+
 def test_the_cache_gives_what_the_encoders_give(task: KeyframeTask) -> None:
     """Latents at every level and the states of captions, as if they were encoded for this batch."""
     task_stage = Stage(steps=1, batch=3, pairs=6, group=4)
     batch = task.batch(task_stage, At(0, 0, 3))
     window = task._windows(6)[1]
-    lines = task._tell(window, random.Random(f"{task.seed}/1"))
+    lines = task._tell(window, random.Random(f"{task.seed}/1"), 0.0)
     latents, states, pooled = task._read(window, lines, batch.layout)
     frames = to_tensor([task.films.frames(window.film, 128)[i] for i in window.shots])
     for (side, places), kept in zip(batch.layout.by_level(), latents, strict=True):
@@ -254,7 +262,7 @@ def test_adapters_resume_exactly_and_stock_flux_loads_them(base: dict[str, str],
         f"base_model: {Path(base['base']).name}\n" in card
         and base["base"] not in card
         and "adapters of rank 4" in card
-        and "12 captioned keyframes of 2" in card
+        and "12 captioned shots of 2" in card
     )
 
 
@@ -323,7 +331,7 @@ def test_a_run_goes_on_only_on_the_same_films(base: dict[str, str], tmp_path: Pa
     config = config_of(base, options={"data": out, "cache": str(tmp_path / "cache")})
     weights_after(config, tmp_path / "run")
     card = (tmp_path / "run" / "weights" / "README.md").read_text()
-    assert "captioned keyframes of 2 films (out-" in card
+    assert "captioned shots of 2 films (out-" in card
     (tmp_path / "out" / "film1.done.json").unlink()
     task = make_task("keyframes", 0, config.init, config.options)
     with pytest.raises(UserError, match=r"the films have changed from out-.* since this run began"):

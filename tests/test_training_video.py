@@ -1,5 +1,7 @@
 """The video models' training: what their losses see, what they save, and that stock diffusers loads it."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,14 @@ from diffusers import LTXConditionPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
-from cinema.toyworld.world import sample_movie
 from cinema.training import make_task
 from cinema.training import video as training_video
 from cinema.training.autoencoder import psnr
-from cinema.training.config import Stage, TrainConfig
-from cinema.training.loop import HalfPrecision, run_training
-from cinema.training.video import VideoTask, window_captions
-from cinema.training.video_autoencoder import VideoAutoencoderTask, clips_of_step
-from cinema.video import decode_clips, encode_clips
+from cinema.training.config import Given, Stage, TrainConfig
+from cinema.training.loop import At, HalfPrecision, run_training
+from cinema.training.video import VideoTask
+from cinema.training.video_autoencoder import VideoAutoencoderTask, clip_frames, clips_of_step
+from cinema.video import Window, decode_clips, encode_clips
 
 SHAPE = {"block_out_channels": [8, 8, 8], "decoder_block_out_channels": [8, 16], "decoder_layers_per_block": [0, 0, 1]}
 SHAPE |= {"upsample_factor": [1, 2], "latent_channels": 8}
@@ -67,50 +68,89 @@ def test_motion_and_the_first_frame_weigh_more() -> None:
     assert weight[0, 0, :, 0, 0].tolist() == [5, 1, 3] and weight[0, 0, :, 1, 1].tolist() == [5, 1, 1]
 
 
-def test_clips_are_encoded_once_and_the_shards_are_kept(
+def test_clips_and_lines_are_encoded_once_and_the_shards_are_kept(
     task: VideoTask, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    movie, settings, vae = task.toys.movie(1), task.settings, task.animator.vae
-    clip = training_video.clip_frames(movie, movie.shots[2], settings.height, settings.frames)[None]
-    own = encode_clips(vae, clip)[0].to(torch.bfloat16)
-    assert torch.equal(task.clips.read(1, "clips")[0][2], own)
-    assert psnr(decode_clips(vae, own[None].float(), (8, 16)), clip) > 0
+    movie, settings, animator = task.films.movie(1), task.settings, task.animator
+    clip = clip_frames(movie, movie.shots[2], settings.height, settings.frames)[None]
+    own = encode_clips(animator.vae, clip)[0].to(torch.bfloat16)
+    clips, states = task.latents.read(1, "clips", "states")
+    assert torch.equal(clips[2], own) and psnr(decode_clips(animator.vae, own[None].float(), (8, 16)), clip) > 0
+    line = task._variants(1).index(task.lines(1, range(1, 3))[0])
+    assert torch.equal(states[line], animator.encode_text(task.lines(1, range(1, 3))[:1])[0][0])
     monkeypatch.setattr(training_video, "encode_clips", lambda *_: pytest.fail("these clips are encoded already"))
-    again = VideoTask(0, None, **folders, movies=1, shots=3, shape=LTX).clips
-    assert torch.equal(again.read(0, "clips")[0], task.clips.read(0, "clips")[0])
+    again = VideoTask(0, None, **folders, movies=1, shots=3, shape=LTX).latents
+    assert torch.equal(again.read(0, "clips")[0], task.latents.read(0, "clips")[0])
 
 
-def test_given_first_frames_are_nearly_clean_and_do_not_learn(task: VideoTask) -> None:
-    window, stage = task.animator.window([task.settings.frames] * 3), Stage(steps=1, batch=64, pairs=3)
-    sigma, learns = task._noise(window, stage, torch.Generator().manual_seed(0))
-    given = learns == 0
-    assert not given[:, ~window.first].any() and sigma[given].max() <= task.keyframe_sigma
-    share = given[:, window.first].float().mean().item()
-    assert abs(share - task.keyframed) < 0.08  # 192 draws
+def noise(task: VideoTask, window: Window, draws: int = 1, **given: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator, stage = torch.Generator().manual_seed(0), Stage(steps=1, batch=1, pairs=3, given=Given(**given))
+    return tuple(
+        torch.stack(x) for x in zip(*(task._noise(stage, window, generator) for _ in range(draws)), strict=True)
+    )
+
+
+def test_what_is_given_is_nearly_clean_and_does_not_learn(task: VideoTask) -> None:
+    window = task.animator.window([task.settings.frames] * 3, before=(2,), after=(1,))
+    sigma, learns = noise(task, window, 64, keyframes=0.9)
+    given, outside = learns == 0, window.shot < 0
+    assert given[:, outside].all() and not given[:, ~window.first & ~outside].any()
+    assert sigma[given].max() <= task.keyframe_sigma
+    assert abs(given[:, window.first].float().mean().item() - 0.9) < 0.08  # 192 draws
     shots = torch.stack([sigma[:, (window.shot == k) & ~window.first] for k in range(3)], dim=1)
     assert (shots == shots[:, :, :1]).all() and (shots[:, 0, 0] != shots[:, 1, 0]).all()  # one level a shot, its own
 
 
+def test_windows_begin_with_whole_shots_but_never_have_all(task: VideoTask) -> None:
+    window = task.animator.window([task.settings.frames] * 3)
+    learns = noise(task, window, 200, keyframes=0.0, shots=1.0)[1]
+    counts = torch.stack([(learns[:, window.shot == k] == 0).all(1) for k in range(3)], dim=1).sum(1)
+    assert {*counts.tolist()} == {0, 1, 2} and (learns[:, window.shot == 2] == 1).all()
+
+
+def test_pictures_outside_are_of_other_shots_of_the_film_at_their_levels(
+    task: VideoTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window sees keyframes of before and after it, in order, and tells what the animator tells."""
+    settings = replace(task.settings, memory_levels=3, memory_group=1)
+    monkeypatch.setattr(task, "settings", settings)
+    monkeypatch.setattr(task.animator, "settings", settings)
+    films = {str(rows): torch.arange(3.0)[:, None, None].expand(3, 2 * rows**2, 8) + 10 * rows for rows in (2, 3, 4, 5)}
+    tokens = {"clips": torch.arange(3.0)[:, None, None].expand(3, task.animator.window([9]).sizes[0], 8)}
+    names = {"states": torch.zeros(99, 28, tiny.TEXT), "words": torch.ones(99, 28, dtype=torch.bool)}
+    known = films | tokens | names
+    monkeypatch.setattr(task.latents, "read", lambda _film, *wanted: [known[name] for name in wanted])
+    seen = set()
+    for step in range(30):
+        stage = Stage(steps=1, batch=1, pairs=1, given=Given(outside=1.0))
+        before, window = task._layout(stage, random.Random(step))
+        data, _, _ = task._read(stage, window, before, step)
+        shot = int(data[-1, 0])
+        told = [int(x) % 10 for x in data[: window.outside, 0].unique_consecutive()]
+        assert told == sorted(told) and shot not in told and sum(i < shot for i in told) == before
+        assert {int(x) // 10 for x in data[: window.outside, 0]} <= {*task.animator.levels}
+        seen.add((len(window.before), len(window.after)))
+    assert seen == {(1, 0), (0, 1), (1, 1), (2, 0), (0, 2)}
+
+
 def test_the_loss_ignores_what_does_not_learn(task: VideoTask) -> None:
-    """A model that is far off exactly where a clean frame is given has a small loss."""
+    """A model that is far off exactly where a clean frame is given has a small loss; parts make the whole."""
     stage = Stage(steps=1, batch=2, pairs=2)
-    learns = task._noise(task.animator.window([task.settings.frames] * 2), stage, torch.Generator().manual_seed(3))[1]
+    batch = task.batch(stage, At(0, 0, 2))
 
     class Wrong(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(()))
+        def forward(self, tokens: torch.Tensor, sigma: torch.Tensor, *_: object) -> torch.Tensor:
+            return 1e6 * (sigma <= task.keyframe_sigma)[..., None].expand_as(tokens)
 
-        def forward(self, tokens: torch.Tensor, *_: object) -> torch.Tensor:
-            return (self.scale * 1e6 * (1 - learns))[..., None].expand_as(tokens)
-
-    loss, figures = task.loss(Wrong(), stage, 3)
-    assert loss.item() < 10 and figures["learning"] == pytest.approx(learns.mean().item()) and learns.mean() < 1
+    loss, _ = task.loss(Wrong(), stage, batch)
+    assert loss.item() < 10 and (batch.weight == 0).any() and batch.weight.sum() == pytest.approx(1)
+    parts = [task.loss(Wrong(), stage, task.batch(stage, At(0, 0, 2, part, 2)))[0] for part in range(2)]
+    assert (sum(parts) / 2).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_captions_of_a_window_are_the_animators() -> None:
-    story = sample_movie("captions", 4).story()
-    told = window_captions(story, 1, 2)
+def test_lines_of_a_window_are_the_animators(task: VideoTask) -> None:
+    story = task.films.movie(0).story()
+    told = task.lines(0, range(1, 3))
     assert told[1:] == [shot.caption for shot in story.shots[1:3]]
     assert all(c.tag in told[0] and c.description in told[0] for c in story.cast if c.tag in told[1] + told[2])
 

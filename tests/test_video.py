@@ -190,9 +190,9 @@ def test_durations_become_frames(animator: Animator, seconds: float, frames: int
 
 
 def test_the_global_caption_tells_the_looks_of_who_is_named() -> None:
-    told = story()
-    assert global_caption(told, told.shots[:2]) == "<ada>: red round, crown. <bo>: blue tall, bow."
-    assert global_caption(told, told.shots[2:]) == ""
+    looks = {character.tag: character.description for character in story().cast}
+    assert global_caption(looks, CAPTIONS[:2]) == "<ada>: red round, crown. <bo>: blue tall, bow."
+    assert global_caption(looks, CAPTIONS[2:]) == ""
 
 
 def test_bad_input_is_one_sentence(animator: Animator, folder: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_stock_pipeline_makes_the_same_film(folder: Path, monkeypatch: pytes
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # the times below are shifted already
     pipeline.vae.encoder.conv_out.conv.bias.data[tiny_video.LATENT :] = -30.0  # it samples; ours takes the mode
     _, ours = next(animator.animate(told, keyframes, seed=3))
-    captions = [global_caption(told, told.shots[:1]), CAPTIONS[0]]
+    captions = [global_caption({"<ada>": told.cast[0].description}, CAPTIONS[:1]), CAPTIONS[0]]
     states, words = animator.encode_text(captions)
     noise = torch.randn(1, 3 * 2 * 4, tiny_video.LATENT, generator=seeded(3, 0, "shot"))
     drawn = iter([rearrange(noise, "1 (f y x) c -> 1 c f y x", y=2, x=4), torch.zeros(1, tiny_video.LATENT, 1, 2, 4)])

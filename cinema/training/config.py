@@ -4,13 +4,23 @@ import math
 from bisect import bisect
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from cinema.errors import UserError
 from cinema.story import read_text
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Given(BaseModel, extra="forbid"):
+    """What conditions the windows of shots that a video model is trained on, and how often."""
+
+    keyframes: Share = 0.9  #: share of shots that begin on their keyframe
+    outside: Share = 0.0  #: share of steps that show keyframes of shots outside the windows
+    shots: Share = 0.0  #: share of windows whose first shots are there, as the window before has drawn them
 
 
 class Stage(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -23,8 +33,9 @@ class Stage(BaseModel, extra="forbid", allow_inf_nan=False):
     lr: PositiveFloat = 1.0  #: factor on the run's learning rates
     mask: Literal["causal", "full"] | None = None  #: who sees whom; the preset's if not given
     shift: PositiveFloat | None = None  #: time shift of the noise, the task's if not given
-    untold: float = Field(default=0.0, ge=0, le=1)  #: share of windows whose captions tell no looks: what is remembered
+    untold: Share = 0.0  #: share of windows whose captions tell no looks: what is remembered
     #: is seen, not read
+    given: Given = Given()  #: what conditions windows of shots
     shared_noise: bool = False  #: one noise level for a whole window, as in a stock model; else each pair has its own
 
 

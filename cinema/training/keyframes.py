@@ -12,40 +12,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from diffusers.training_utils import cast_training_params
 from jaxtyping import Bool, Float
-from peft import LoraConfig, get_peft_model_state_dict
-from pydantic import DirectoryPath, Field, NonNegativeFloat, PositiveInt
+from pydantic import DirectoryPath, NonNegativeFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from cinema.budget import Work, parameters, peak_bytes, transformer_config
-from cinema.config import KeyframeSettings, preset
-from cinema.errors import UserError
+from cinema.config import KeyframeSettings, Preset, preset
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.goldenmem import PATCH, Layout, coordinates, levels, shrink
-from cinema.interleave import CuratedFilms, Films, Window, Windows
+from cinema.interleave import Window, Windows
 from cinema.keyframes import KeyframePlanner, TextEncoders, encode_frames, load_parts, seeded
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
-from cinema.training.config import Stage, TrainConfig
+from cinema.training.config import Share, Stage, TrainConfig
 from cinema.training.loop import At
-from cinema.training.stories import Cache, FilmTask, halved, processes, save_pipeline
+from cinema.training.stories import Cache, FilmTask, halved, noise_figures, processes, save_adapters, save_pipeline
 from cinema.training.text import clip_text_tower, make_tokenizer, reading_error
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 PARTS = {"vae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}  # options, and their folders in a pipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CHUNK = 8  # frames that are encoded together
-Share = Annotated[float, Field(ge=0, le=1)]
-ADAPTED = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # what adapters are added to, as the budget says
 
 
 class KeyframeLearner(nn.Module):
@@ -107,8 +102,6 @@ class KeyframeTask(FilmTask):
     vae: DirectoryPath | None = None  #: a trained autoencoder, which stays as it is
     clip: DirectoryPath | None = None  #: a trained CLIP, or its text half, likewise
     t5: DirectoryPath | None = None  #: a trained T5, likewise
-    preset: str = "toy"  #: whose size and memory the model is to plan with
-    data: DirectoryPath | None = None  #: folder of curated films; without it there are toy movies
     movies: PositiveInt = 2000
     stride: PositiveInt = 3  #: longest step from a shot of a window to the next
     max_shared: Share = 0.75  #: share of its shots that a window may have from its film's window one epoch before
@@ -120,16 +113,12 @@ class KeyframeTask(FilmTask):
     context_sigma: Share = 0.25  #: upper bound of the context's noise
     context_dropout: Share = 0.0  #: share of windows whose context is nothing but noise
     caption_dropout: Share = 0.08  #: share of captions left empty, for guidance
-    lora: PositiveInt | None = None  #: rank of adapters on the attention of a frozen base; without it all is trained
-    quantise: bool = False  #: keep the frozen base's blocks in 4 bits (NF4, Dettmers et al. 2023)
-    recompute: bool = False  #: gradient checkpointing
-    compiled: bool = False  #: torch.compile for every block
     memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
 
     @property
-    def data_name(self) -> str:
-        """As in `Task`."""
-        return self.films.name
+    def chosen(self) -> Preset:
+        """As in `FilmTask`."""
+        return super().chosen.remembering(**self.memory)
 
     @classmethod
     def needed_bytes(cls, config: TrainConfig, processes: int = 1, sharded: bool = False) -> int:
@@ -153,25 +142,24 @@ class KeyframeTask(FilmTask):
 
     def build(self) -> KeyframeLearner:
         """A transformer, and the planner that it is to draw for."""
-        chosen = preset(self.preset).remembering(**self.memory)
-        self.settings = chosen.keyframes
-        if self.quantise and not self.lora:
-            raise ValueError("quantise freezes the base, so there is nothing to train without lora")
+        self.settings = self.chosen.keyframes
         if self.data and self.recall:
             raise ValueError("recall needs looks that are known word by word; leave it away with data")
-        self.films: Films = CuratedFilms(self.data) if self.data else self.toys
-        vae = self._part(AutoencoderKL, self.vae, "vae")
-        clip = self._part(CLIPTextModel, self.clip, "text_encoder")
-        t5 = self._part(T5EncoderModel, self.t5, "text_encoder_2")
+        vae = self.part(AutoencoderKL, self.vae, "vae", "keyframe")
+        clip = self.part(AutoModel if self.clip else CLIPTextModel, self.clip, "text_encoder", "keyframe")
+        clip = clip_text_tower(clip).eval().requires_grad_(False) if self.clip else clip
+        t5 = self.part(T5EncoderModel, self.t5, "text_encoder_2", "keyframe")
         named = [make_tokenizer(start=True), make_tokenizer(start=False)]
         if not (self.clip and self.t5):
             kinds = dict.fromkeys(TOKENIZERS, AutoTokenizer)
             named = load_parts(str(self.init), "keyframe", "float32", "cpu", kinds)
         self.text = TextEncoders(named[0], clip, named[1], t5, self.settings.text_tokens)
-        self.planner = KeyframePlanner(self._transformer(), vae, self.text, self.settings, chosen.tags)
+        transformer = self.transformer(InterleavedFluxTransformer, "keyframe", lambda: small_flux(**self.shape))
+        self.planner = KeyframePlanner(transformer, vae, self.text, self.settings, self.chosen.tags)
         self.sides = levels(self.settings.height // PATCH, self.settings.memory_levels, self.settings.memory_ratio)
         self._streams = dict[int, Windows]()
-        used, told = (vae, clip, t5), (self.sides, self.settings.text_tokens)
+        used: tuple[Any, ...] = vae, clip, t5
+        told = (self.sides, self.settings.text_tokens)
         for encoder in used:
             encoder.to(processes().device)
         self.latents = Cache(self.cache, self.films, used, told, self.encode)
@@ -249,8 +237,7 @@ class KeyframeTask(FilmTask):
     def save(self, folder: Path) -> None:
         """Write a folder that stock `FluxPipeline.from_pretrained` loads, or, of adapters, `load_lora_weights`."""
         if self.lora:
-            layers = get_peft_model_state_dict(self.model.transformer)
-            FluxPipeline.save_lora_weights(folder, {k: v.bfloat16().contiguous() for k, v in layers.items()})
+            save_adapters(FluxPipeline, folder, self.model.transformer)
             return
         parts = {name: getattr(self.text, name) for name in (*TOKENIZERS, "text_encoder", "text_encoder_2")}
         parts |= {"vae": self.planner.vae, "transformer": self.model.transformer.stock()}
@@ -271,36 +258,7 @@ class KeyframeTask(FilmTask):
     def card(self) -> dict[str, str]:
         """As in `Task`."""
         adapters = f", adapters of rank {self.lora}" if self.lora else ""
-        told = {"about": f"A keyframe planner: Flux with interleaved pairs{adapters}."}
-        lengths = self.films.lengths
-        told["data"] = f"{sum(lengths):,} captioned keyframes of {len(lengths):,} films ({self.films.name})"
-        return super().card() | told
-
-    def _transformer(self) -> InterleavedFluxTransformer:
-        """What is trained: `init`'s transformer or a new one, whole, or adapters on it."""
-        parts, dtype = {"transformer": InterleavedFluxTransformer}, "bfloat16" if self.lora else "float32"
-        made = load_parts(self.init, "keyframe", dtype, "cpu", parts)[0] if self.init else small_flux(**self.shape)
-        made = made.to(getattr(torch, dtype))
-        made.requires_grad_(not self.lora)
-        if self.quantise:
-            quantise(made)
-        if self.lora:
-            made.add_adapter(LoraConfig(r=self.lora, lora_alpha=self.lora, target_modules=ADAPTED))
-            cast_training_params(made)  # adapters to float32
-        if self.recompute:
-            made.enable_gradient_checkpointing()
-        if self.compiled:
-            made.compile_repeated_blocks()
-        return made
-
-    def _part(self, kind: Any, folder: Path | None, name: str) -> Any:
-        """A part that is not trained, from a folder of its own or from `init`."""
-        if folder is None and not self.init:
-            raise ValueError(f"there is neither a folder {name!r} nor an `init` that has one")
-        if folder is None:
-            return load_parts(str(self.init), "keyframe", "bfloat16", "cpu", {name: kind})[0]
-        part = (AutoModel if kind is CLIPTextModel else kind).from_pretrained(folder, torch_dtype=torch.bfloat16)
-        return (clip_text_tower(part) if kind is CLIPTextModel else part).eval().requires_grad_(False)
+        return super().card() | {"about": f"A keyframe planner: Flux with interleaved pairs{adapters}."}
 
     def _windows(self, pairs: int) -> Windows:
         if pairs not in self._streams:
@@ -344,9 +302,7 @@ class KeyframeTask(FilmTask):
     def _figures(self, errors: Float[Tensor, "b _p"], batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """The error by noise level, and by the pair's place from the newest on."""
         learns, errors = batch.weight > 0, errors.cpu()
-        quarter = (4 * batch.sigma[:, batch.layout.by_level()[0][1]]).floor()
-        masks = {f"sigma {i / 4:.2f}": learns & (quarter == i) for i in range(4)}
-        told = {name: errors[mask].mean() for name, mask in masks.items()}  # NaN where nothing learns
+        told = noise_figures(errors, batch.sigma[:, batch.layout.by_level()[0][1]], learns)
         places = range(1, 1 + min(4, errors.shape[1]))
         return told | {f"newest {i - 1}": errors[:, -i][learns[:, -i]].mean() for i in places}
 
@@ -394,26 +350,6 @@ def recall_error(
         return logits.sum() * 0, math.nan
     error, exact = reading_error(logits[told], target[told])
     return error, exact[remembers[told]].float().mean().item() if remembers.any() else math.nan
-
-
-def quantise(model: nn.Module) -> None:
-    """Keep the linear layers of a frozen model's blocks in 4 bits; UserError where bitsandbytes is not installed.
-
-    They are made small on their way to a device, the CPU included.
-    """
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError:
-        raise UserError(
-            "bitsandbytes is not installed; run `pip install 'cinema[quant]'`, or leave quantise away"
-        ) from None
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Linear) and "blocks." in name:
-            small = Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.bfloat16, quant_type="nf4")
-            small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-            small.bias = layer.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, small.to("cpu"))
 
 
 def small_flux(

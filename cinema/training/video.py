@@ -1,34 +1,40 @@
 """Training the video model: rectified flow over windows of shots, each shot with its own noise.
 
-The first latent frame of most shots is nearly clean, as a keyframe is at inference: it conditions every shot of the
-window and does not learn; the rest of the time it is drawn from the caption like everything else.
+What conditions is nearly clean, as at inference, and does not learn: the first latent frame of a shot, which is its
+keyframe; keyframes of shots outside the window, at GoldenMem's coarser levels; whole shots that a window begins with. A
+stage says how often it is there; the rest is drawn from the captions.
 """
 
 import random
+from collections import defaultdict
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline
 from einops import rearrange
-from jaxtyping import BFloat16, Bool, Float
+from jaxtyping import Bool, Float
 from pydantic import DirectoryPath, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from cinema.config import TOY
+from cinema.errors import UserError
 from cinema.flow import add_noise, sample_sigma, velocity
-from cinema.interleave import strided
-from cinema.story import Story
+from cinema.keyframes import seeded
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
 from cinema.training.autoencoder import save_sheet, to_tensor
-from cinema.training.config import Stage
-from cinema.training.stories import Cache, FilmTask, save_pipeline
-from cinema.training.video_autoencoder import clip_frames
+from cinema.training.config import Share, Stage
+from cinema.training.loop import At
+from cinema.training.stories import Cache, FilmTask, halved, noise_figures, processes, save_adapters, save_pipeline
 from cinema.video import Animator, Window, encode_clips, global_caption, window_velocity
+
+TEXT = {"text_encoder": T5EncoderModel, "tokenizer": AutoTokenizer}  # of a pipeline
 
 
 class VideoLearner(nn.Module):
@@ -51,69 +57,123 @@ class VideoLearner(nn.Module):
         return window_velocity(self.transformer, tokens.to(dtype), sigma, states.to(dtype), words, window).float()
 
 
+@plain_dataclass
+class Batch:
+    """A part of a step's batch, `b` windows of one layout."""
+
+    tokens: Float[Tensor, "b s c"]  #: noised
+    target: Float[Tensor, "b s c"]  #: velocities
+    sigma: Float[Tensor, "b s"]
+    states: Float[Tensor, "b n t e"]
+    words: Bool[Tensor, "b n t"]
+    weight: Float[Tensor, "b s"]  #: of every token in the mean over the whole step's batch
+    window: Window
+
+
 @dataclass(kw_only=True)
 class VideoTask(FilmTask):
-    """Video synthesis on toy stories; a stage's `pairs` are the shots of a window."""
+    """Video synthesis on films; a stage's `pairs` are the shots of a window."""
 
-    vae: DirectoryPath  #: of the trained video autoencoder, which stays as it is
-    keyframes: DirectoryPath  #: a trained Flux pipeline, whose T5 is used as it is
+    vae: DirectoryPath | None = None  #: a trained video autoencoder, which stays as it is
+    keyframes: DirectoryPath | None = None  #: a trained Flux pipeline, whose T5 is used as it is
     shots: PositiveInt = 8
     shift: PositiveFloat = 1.5
+    keyframe_sigma: Share = 0.05  #: upper bound of the noise on what conditions
+    caption_dropout: Share = 0.05  #: share of windows without words, for guidance
     kind = "video"
-    keyframed = 0.9  # share of shots whose first latent frame is given
-    keyframe_sigma = 0.05  # upper bound of the given frames' noise
-    caption_dropout = 0.05  # share of windows without words, for guidance
-    settings = TOY.video
+
+    @property
+    def seconds(self) -> float:  # type: ignore[override]
+        """That a shot lasts at least."""
+        return self.chosen.video.frames / self.chosen.video.fps
 
     def build(self) -> VideoLearner:
         """A transformer on the latents of the autoencoder and the states of the T5, which are loaded first."""
-        vae = AutoencoderKLLTXVideo.from_pretrained(self.vae, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
-        t5 = T5EncoderModel.from_pretrained(self.keyframes, subfolder="text_encoder_2", torch_dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(self.keyframes, subfolder="tokenizer_2")
-        t5.eval().requires_grad_(False)
-        latent, text = vae.config["latent_channels"], t5.config.d_model
-        self.shape = {"in_channels": latent, "out_channels": latent, "caption_channels": text} | self.shape
-        transformer = self.load(LTXVideoTransformer3DModel, "video/transformer", subfolder="transformer")
-        for name, parameter in () if self.init else transformer.named_parameters():
+        self.settings = self.chosen.video
+        vae = self.part(AutoencoderKLLTXVideo, self.vae, "vae", "video")
+        if self.keyframes:
+            t5 = self.part(T5EncoderModel, self.keyframes / "text_encoder_2", "", "")
+            tokenizer = AutoTokenizer.from_pretrained(self.keyframes / "tokenizer_2")
+        else:
+            t5, tokenizer = (self.part(kind, None, n, "video") for n, kind in TEXT.items())
+        transformer = self.transformer(LTXVideoTransformer3DModel, "video", lambda: self._new(vae, t5))
+        self.animator = Animator(transformer, vae, t5, tokenizer, self.settings, self.chosen.tags)
+        facts = self.settings.height, self.settings.frames, self.settings.fps, self.animator.levels
+        for encoder in (vae, t5):
+            encoder.to(processes().device)
+        self.latents = Cache(self.cache, self.films, [vae, t5], facts, self.encode)
+        for encoder in (vae, t5):
+            encoder.to("cpu")  # they are done, and the room is needed
+        return VideoLearner(self.animator.transformer)
+
+    def _new(self, vae: AutoencoderKLLTXVideo, t5: T5EncoderModel) -> LTXVideoTransformer3DModel:
+        """A transformer that says nothing, reads no words, and of which every block is near identity."""
+        latent = vae.config["latent_channels"]
+        self.shape = {"in_channels": latent, "out_channels": latent, "caption_channels": t5.config.d_model} | self.shape
+        made = self.load(LTXVideoTransformer3DModel, "video/transformer")
+        for name, parameter in made.named_parameters():
             if name.startswith("proj_out") or name.endswith("attn2.to_out.0.weight"):
-                nn.init.zeros_(parameter)  # a new one says nothing, and reads no words
+                nn.init.zeros_(parameter)
             elif name == "time_embed.linear.weight":
-                nn.init.normal_(parameter, std=0.02)  # and every block is near identity
-        self.animator = Animator(transformer, vae, t5, tokenizer, self.settings, TOY.tags)
-        self.clips = Cache(self.cache, self.toys, [vae], (self.settings.height, self.settings.frames), self.encode)
-        return VideoLearner(transformer)
+                nn.init.normal_(parameter, std=0.02)
+        return made
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
-        strided(random.Random(0), self.shots, stage.pairs, stride=1)
+        if stage.pairs > max(self.films.lengths):
+            raise UserError(f"{stage.pairs} shots, but the longest film has {max(self.films.lengths)}")
 
-    def encode(self, film: int) -> dict[str, BFloat16[Tensor, "m _s c"]]:
-        """Every shot's clip."""
-        movie = self.toys.movie(film)
-        clips = (clip_frames(movie, shot, self.settings.height, self.settings.frames) for shot in movie.shots)
-        tokens = [encode_clips(self.animator.vae, clip[None]) for clip in clips]
-        return {"clips": torch.cat(tokens).to(torch.bfloat16)}
+    def lines(self, film: int, shots: range) -> list[str]:
+        """Captions of a window as the animator tells them: the global one, then each shot's own."""
+        own = self.films.captions(film, range(self.films.lengths[film]))[shots.start : shots.stop]
+        return [global_caption(self.films.looks(film), own), *own]
 
-    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    def encode(self, film: int) -> dict[str, Tensor]:
+        """Every shot's clip, its first frame at each level by latent rows, and all lines that windows may have."""
+        size, kept = self.settings, defaultdict[str, list[Tensor]](list)
+        clips = self.films.clips(film, size.height, size.frames, size.fps)
+        for frames in clips:
+            clip = rearrange(to_tensor(frames), "t c h w -> 1 c t h w")
+            kept["clips"].append(encode_clips(self.animator.vae, clip)[0])
+            for rows in self.animator.levels:
+                kept[str(rows)].append(self.animator.encode_picture(frames[0], rows)[0])
+        kept["states"], kept["words"] = (list(x) for x in self.animator.encode_text(self._variants(film)))
+        return {k: torch.stack(x).to("cpu", torch.bfloat16 if k != "words" else torch.bool) for k, x in kept.items()}
+
+    def batch(self, stage: Stage, at: At) -> Batch:
+        """Windows of films, with what conditions them, told and noised."""
+        places, window = self._layout(stage, random.Random(f"{self.seed}/layout {at.step}"))
+        generators = [seeded(self.seed, position, "window") for position in at.all]
+        noise = [self._noise(stage, window, own) for own in generators]
+        sigma, learns = (torch.stack(x) for x in zip(*noise, strict=True))
+        own = [position - at.position for position in at.own]
+        read = [self._read(stage, window, places, position) for position in at.own]
+        data, states, words = (torch.stack(x) for x in zip(*read, strict=True))
+        drawn = torch.stack([torch.randn(data.shape[1:], generator=generators[i]) for i in own])
+        weight = learns[own] / learns.sum() * at.parts
+        noised = add_noise(data, drawn, sigma[own])
+        return Batch(noised, velocity(data, drawn), sigma[own], states, words, weight, window)
+
+    def loss(self, model: nn.Module, stage: Stage, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Any]]:
         """Mean squared velocity error of the tokens that learn."""
-        rng, noise_rng = random.Random(f"{self.seed}/{step}"), torch.Generator().manual_seed(step)
-        window = self.animator.window([self.settings.frames] * stage.pairs)
-        tokens, states, words = self._batch(rng, stage)
-        sigma, learns = self._noise(window, stage, noise_rng)
-        noise = torch.randn(tokens.shape, generator=noise_rng)
-        inputs = (add_noise(tokens, noise, sigma), sigma, states, words)
-        predicted = model(*(x.to(self.device) for x in inputs), window)
-        error = (predicted - velocity(tokens, noise).to(self.device)).square().mean(2)
-        learns = learns.to(self.device)
-        return (error * learns).sum() / learns.sum(), {"learning": learns.mean().item()}
+        inputs = (batch.tokens, batch.sigma, batch.states, batch.words)
+        predicted = model(*(x.to(self.device) for x in inputs), batch.window)
+        errors = (predicted - batch.target.to(self.device)).square().mean(2)  # b s
+        return (errors * batch.weight.to(self.device)).sum(), noise_figures(errors, batch.sigma, batch.weight > 0)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that stock `LTXConditionPipeline.from_pretrained` loads, in bfloat16."""
+        """Write a folder that stock `LTXConditionPipeline` loads, or, of adapters, its `load_lora_weights`."""
         own = self.animator
-        text = {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer}
-        save_pipeline(
-            LTXConditionPipeline, folder, self.settings.shift, vae=own.vae, transformer=own.transformer, **text
-        )
+        if self.lora:
+            save_adapters(LTXConditionPipeline, folder, own.transformer)
+            return
+        parts = {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer}
+        parts |= {"vae": own.vae, "transformer": own.transformer}
+        save_pipeline(LTXConditionPipeline, folder, self.settings.shift, **parts)
+
+    def card(self) -> dict[str, str]:
+        """As in `Task`."""
+        return super().card() | {"about": "Video synthesis from keyframes: LTX-Video on windows of shots."}
 
     @torch.no_grad()
     def sample(self, path: Path, stage: Stage) -> None:
@@ -122,38 +182,54 @@ class VideoTask(FilmTask):
         height, last = self.settings.height, self.settings.frames - 1
         moments, pictures = [round(i * last / 4) for i in range(5)], []
         keyframes = [render(movie, shot, height) for shot in movie.shots]
-        for index, frames in self.animator.animate(movie.story(), keyframes):
+        animator = replace(self.animator, transformer=halved(self.animator.transformer, self.device))
+        for index, frames in animator.animate(movie.story(), keyframes):
             pictures += [render(movie, movie.shots[index], height, i / last) for i in moments]
             pictures += [frames[i] for i in moments]
         save_sheet(path, to_tensor(pictures), columns=5)
 
-    def _batch(
-        self, rng: random.Random, stage: Stage
-    ) -> tuple[Float[Tensor, "b s c"], Float[Tensor, "b n t e"], Bool[Tensor, "b n t"]]:
-        """Windows of neighbouring shots: their tokens and their captions, the global one first."""
-        lines, tokens = [], []
-        for _ in range(stage.batch):
-            index, shots = rng.randrange(self.movies), strided(rng, self.shots, stage.pairs, stride=1)
-            captions = window_captions(self.toys.movie(index).story(), shots[0], stage.pairs)
-            lines += [""] * len(captions) if rng.random() < self.caption_dropout else captions
-            (clips,) = self.clips.read(index, "clips")
-            tokens.append(rearrange(clips[shots], "k s c -> (k s) c"))
-        texts = self.animator.encode_text(lines)
-        states, words = (rearrange(x, "(b n) ... -> b n ...", n=stage.pairs + 1) for x in texts)
-        return torch.stack(tokens).float(), states, words
+    def _variants(self, film: int) -> list[str]:
+        """Every line that a window of this film may have."""
+        length, most = self.films.lengths[film], self.settings.window
+        spans = [range(i, i + n) for n in range(1, most + 1) for i in range(length - n + 1)]
+        return [*dict.fromkeys(line for span in spans for line in self.lines(film, span)), ""]
+
+    def _layout(self, stage: Stage, rng: random.Random) -> tuple[int, Window]:
+        """How many keyframes precede a step's windows, and what these look like, with the pictures outside."""
+        sizes = [rows for rows in self.animator.levels for _ in range(self.settings.memory_group)]
+        room = min(len(sizes), max(self.films.lengths) - stage.pairs)
+        count = rng.randint(1, room) if room and rng.random() < stage.given.outside else 0
+        before, order = rng.randint(0, count), rng.sample(sizes[:count], count)
+        frames = [self.settings.frames] * stage.pairs
+        return before, self.animator.window(frames, order[:before], order[before:])
+
+    def _read(
+        self, stage: Stage, window: Window, before: int, position: int
+    ) -> tuple[Float[Tensor, "s c"], Float[Tensor, "n t e"], Bool[Tensor, "n t"]]:
+        """Tokens of the window at a position of the stream, and its lines, from the cache."""
+        rng, outside = random.Random(f"{self.seed}/{position}"), [*window.before, *window.after]
+        fits = [i for i, length in enumerate(self.films.lengths) if length >= stage.pairs + len(outside)]
+        film = rng.choice(fits)
+        start = rng.randint(before, self.films.lengths[film] - stage.pairs - len(window.after))
+        shots, later = range(start, start + stage.pairs), range(start + stage.pairs, self.films.lengths[film])
+        seen = sorted(rng.sample(range(start), before)) + sorted(rng.sample(later, len(window.after)))
+        told = self.lines(film, shots) if rng.random() >= self.caption_dropout else [""] * (stage.pairs + 1)
+        names = ["clips", "states", "words", *dict.fromkeys(map(str, outside))]
+        kept = dict(zip(names, self.latents.read(film, *names), strict=True))
+        places = {line: i for i, line in enumerate(self._variants(film))}
+        own, rows = rearrange(kept["clips"][shots.start : shots.stop], "k s c -> (k s) c"), [places[x] for x in told]
+        pictures = [kept[str(side)][shot] for side, shot in zip(outside, seen, strict=True)]
+        return torch.cat([*pictures, own]).float(), kept["states"][rows].float(), kept["words"][rows]
 
     def _noise(
-        self, window: Window, stage: Stage, generator: torch.Generator
-    ) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b s"]]:
-        """Noise level of each token, and 1 where it learns."""
-        shape = (stage.batch, stage.pairs)
-        sigma = sample_sigma(shape, generator, shift=self.shift)[:, window.shot]
-        given = (torch.rand(shape, generator=generator) < self.keyframed)[:, window.shot] & window.first
-        clean = (torch.rand(shape, generator=generator) * self.keyframe_sigma)[:, window.shot]
-        return torch.where(given, clean, sigma), (~given).float()
-
-
-def window_captions(story: Story, start: int, count: int) -> list[str]:
-    """Captions of a window as the animator tells them: the global one, then each shot's own."""
-    shots = story.shots[start : start + count]
-    return [global_caption(story, shots), *(shot.caption for shot in shots)]
+        self, stage: Stage, window: Window, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "s"], Float[Tensor, "s"]]:
+        """Noise level of each token of a window, and 1 where it learns."""
+        given = stage.given
+        chance = torch.rand(stage.pairs + 2, generator=generator)
+        whole = int(chance[-2] * stage.pairs) if chance[-1] < given.shots else 0  # fewer than there are
+        clean = torch.rand(stage.pairs + 1, generator=generator) * self.keyframe_sigma  # the last place is outside's
+        sigma = sample_sigma((stage.pairs,), generator, shift=stage.shift or self.shift)
+        keyframed = torch.cat([chance[:-2] < given.keyframes, torch.tensor([False])])
+        known = (window.first & keyframed[window.shot]) | (window.shot < whole)  # -1 is outside
+        return torch.where(known, clean[window.shot], sigma[window.shot]), (~known).float()
