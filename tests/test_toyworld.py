@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_media import read_frames
 
 from cinema.curation import GroundTruthAnnotator, curate, read_film
 from cinema.errors import UserError
-from cinema.media import read_frames
 from cinema.story import Story
 from cinema.toyworld.draw import render
 from cinema.toyworld.film import BLACK, Shooting, _pieces, draw_clip, write_film, write_films
@@ -202,13 +202,6 @@ def test_settings_that_make_no_film(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(UserError, match=r"a\.mp4"):
         write_film(sample_movie(0, 2), tmp_path / "a.mp4", **wrong)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_wrong_ending_costs_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(UserError, match="mp4"):
-        write_film(sample_movie(0, 2), tmp_path / "a.json")
-    assert (tmp_path / "a.json").read_text() == "{}"
 
 
 def test_films_go_on_where_they_stopped(tmp_path: Path) -> None:
