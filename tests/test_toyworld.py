@@ -224,7 +224,7 @@ def test_films_go_on_where_they_stopped(tmp_path: Path) -> None:
 
 def test_a_toy_film_is_curated_with_its_true_captions(tmp_path: Path) -> None:
     (film,) = write_films(1, 5, tmp_path, shots=6, letterbox=8)
-    report = curate([film], tmp_path / "out", annotator=GroundTruthAnnotator(), height=64, detector="adaptive-luma")
+    report = curate([film], tmp_path / "out", annotator=GroundTruthAnnotator(), height=64, detector="adaptive")
     truth, curated = truth_of(film)["shots"], read_film(tmp_path / "out" / f"{film.stem}.parquet")
     assert not report.failed and [c.tag for c in curated.cast] == [c["tag"] for c in truth_of(film)["story"]["cast"]]
     kept = [(s.start_frame, s.end_frame, s.caption) for s in curated.shots if s.kept]
