@@ -114,9 +114,8 @@ def read_frames(film: Film, line: Timeline | None = None, glimpses: Glimpses | N
     line, moved = line or Timeline(), 0  # `moved`: ticks to add where a clock has started anew
     step = max(1, round(1 / (film.rate * film.time_base)))
     with _opened(film.path) as (container, stream):
-        packets: Packets = _packets(container, stream, line)
-        if glimpses:
-            packets = _glimpsed(packets, film, *glimpses)
+        every = _packets(container, stream, line)
+        packets: Packets = _glimpsed(every, film, *glimpses) if glimpses else every
         for index, (image, damaged) in enumerate(_images(chain(packets, [None]), stream.codec_context, line)):
             pts = line.end_pts if image.pts is None else image.pts + moved
             if index:
