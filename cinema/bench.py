@@ -25,8 +25,7 @@ from scenedetect import ContentDetector, detect, open_video
 from scenedetect.output import save_images
 
 from cinema.curation.film import Timeline, probe
-from cinema.curation.frames import find_borders
-from cinema.curation.scan import scan_film
+from cinema.curation.frames import find_borders, scan_film
 from cinema.curation.search import SUFFIXES
 from cinema.curation.shots import DETECTOR, DETECTORS, cut_film, unknown_detector
 from cinema.errors import UserError

@@ -25,7 +25,7 @@ from cinema.errors import UserError
 from cinema.files import writable, write_json
 from cinema.story import Story, load_cast, load_story, read_text, save_story
 
-DETECTOR_HELP = "What finds the cuts: planes, content, adaptive, adaptive-luma, or transnetv2."
+DETECTOR_HELP = "What finds the cuts: planes, content, adaptive, or transnetv2."
 app = typer.Typer(name="cinema", add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure how good and how fast a part is.")
 

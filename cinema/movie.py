@@ -27,7 +27,7 @@ from cinema.config import WEIGHTS, KeyframeSettings, Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.files import atomic, sweep, writable, write_json
 from cinema.keyframes import KeyframePlanner, check_weights, rename
-from cinema.media import FilmWriter
+from cinema.media import film_writer
 from cinema.progress import Progress
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
@@ -182,10 +182,10 @@ def weights_identity(name: str) -> str:
 
 def _join(shots: list[Path], out: Path, settings: VideoSettings) -> None:
     """Write the film with hard cuts."""
-    with FilmWriter(out, settings.width, settings.height, settings.fps) as film:
+    with film_writer(out, settings.width, settings.height, settings.fps) as add:
         for path in shots:
             for frame in _frames(path):
-                film.add(frame)
+                add(frame)
 
 
 def _frames(shot: Path) -> list[Image.Image]:
@@ -196,7 +196,8 @@ def _frames(shot: Path) -> list[Image.Image]:
 def _check(story: Story, out: Path, preset: Preset) -> list[int]:
     """Frames of the shots, after what can be found wrong before the work."""
     check_weights(preset.video.weights, "video")
-    FilmWriter(out, preset.video.width, preset.video.height, preset.video.fps)
+    if out.suffix != ".mp4":
+        raise UserError(f"{out}: films are written as MP4; give a name that ends in .mp4")
     writable(out)
     manifest, ours = out.with_suffix(".json"), False
     with suppress(OSError, ValueError, LookupError, TypeError):

@@ -9,9 +9,8 @@ import pytest
 from test_curation import make_film, make_sound
 
 from cinema.curation import NoAnnotator, curate
-from cinema.curation.film import FrameReader, probe
-from cinema.curation.frames import Box, keyframe_image
-from cinema.curation.scan import scan_film
+from cinema.curation.film import Box, probe, read_frames
+from cinema.curation.frames import keyframe_image, scan_film
 from cinema.curation.shots import Timeline, cut_film
 from cinema.curation.store import CuratedShot
 from cinema.errors import UserError
@@ -45,7 +44,7 @@ def test_a_film_cut_off_anywhere_keeps_what_is_there(streams, tmp_path, k):
     path.write_bytes(data[: len(data) * (k + 1) // 21])
     try:
         film = probe(path)
-        frames = list(FrameReader(film))
+        frames = list(read_frames(film))
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return
@@ -66,7 +65,7 @@ def test_flipped_bits_lose_only_what_they_hit(streams, tmp_path, k):
         data[at] ^= 1 << int(rng.integers(8))
     path = tmp_path / whole.name
     path.write_bytes(data)
-    damaged = {f.pts for f in FrameReader(probe(path)) if f.damaged}
+    damaged = {f.pts for f in read_frames(probe(path)) if f.damaged}
     rows, line = scan_of(path)
     assert len(line.pts) > 0 and len(damaged) == sum(line.damaged)
     base = probe(path).time_base
@@ -117,7 +116,7 @@ def test_keyframes_of_a_damaged_film_are_those_of_the_whole_one(tmp_path, name, 
             container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         container.mux(stream.encode(None))
     film, whole, kept, wrong = probe(path), path.read_bytes(), 0, []
-    clean = {f.pts: keyframe_image(f.image, film, Box(0, 0, 160, 96), 32).astype(int) for f in FrameReader(film)}
+    clean = {f.pts: keyframe_image(f.image, film, Box(0, 0, 160, 96), 32).astype(int) for f in read_frames(film)}
     for seed in range(20):
         rng, damaged = np.random.default_rng(seed), bytearray(whole)
         for at in rng.integers(len(whole) // 10, len(whole) * 9 // 10, 5):

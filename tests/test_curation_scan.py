@@ -15,13 +15,22 @@ from cinema import bench
 from cinema.bench import judge, read_truth
 from cinema.cli import main
 from cinema.curation import NoAnnotator, curate_film
-from cinema.curation.film import Film, Frame, FrameReader, planes_of, probe
-from cinema.curation.frames import Box, find_borders, shot_picture
+from cinema.curation.film import Box, Film, Frame, planes_of, probe, read_frames
+from cinema.curation.frames import Filters, find_borders, scan_film, sharpness, shot_picture, text_card
 from cinema.curation.planes import Gradual, change, is_another_picture, luma_distance, shrink_planes
-from cinema.curation.scan import Filters, scan_film, sharpness, text_card
-from cinema.curation.shots import LATENESS_FRAMES, ROOM, Keeper, Timeline, cut_film, scene_cuts
+from cinema.curation.shots import (
+    EDGE,
+    LATENESS_FRAMES,
+    ROOM,
+    TOGETHER,
+    WINDOW,
+    Keeper,
+    Timeline,
+    cut_film,
+    scene_cuts,
+    transnet_cuts,
+)
 from cinema.curation.store import CuratedShot
-from cinema.curation.transnet import EDGE, TOGETHER, WINDOW, transnet_cuts
 from cinema.errors import UserError
 from cinema.toyworld.film import write_films
 
@@ -62,7 +71,7 @@ def mix(a: np.ndarray, b: np.ndarray, alpha: float) -> np.ndarray:
 
 def test_shrunk_planes_are_block_means_of_the_picture_area(tmp_path):
     film = probe(make_film(tmp_path / "a.mp4", [2], size=(160, 96), bars=(0, 8)))
-    frame = next(iter(FrameReader(film)))
+    frame = next(read_frames(film))
     y, u, _ = (plane.astype(float) for plane in planes_of(frame.image, film))
     small = shrink_planes(frame, film, Box(0, 8, 160, 88))
     assert small.shape == (3, 40, 80)
@@ -220,7 +229,7 @@ def test_many_cuts_that_are_told_together_cost_no_keyframe(tmp_path, length):
     keeper, start = Keeper(film, TOGETHER), 0
 
     def frames() -> Iterator[Frame]:
-        for frame in FrameReader(film):
+        for frame in read_frames(film):
             keeper.add(frame)
             yield frame
 
@@ -235,9 +244,9 @@ def test_a_clock_that_starts_anew_goes_on_and_a_hole_is_named(tmp_path):
     parts = [make_film(tmp_path / f"{name}.ts", [12, 12]).read_bytes() for name in "ab"]
     joined_up = tmp_path / "c.ts"
     joined_up.write_bytes(b"".join(parts))
-    reader = FrameReader(probe(joined_up))
-    frames = list(reader)
-    assert len(frames) == 48 and reader.line.jumps == 1
+    line = Timeline()
+    frames = list(read_frames(probe(joined_up), line))
+    assert len(frames) == 48 and line.jumps == 1
     steps = {b.pts - a.pts for a, b in pairwise(frames)}
     assert steps == {90_000 // 24}
     assert (
@@ -273,9 +282,9 @@ def test_glimpses_are_key_frames_and_what_follows_them(tmp_path):
     film = probe(make_film(tmp_path / "a.mp4", [60]))
 
     def seen(every: float, span: float) -> list[int]:
-        return [round(f.pts * film.time_base * 24) for f in FrameReader(film, (every, span))]
+        return [round(f.pts * film.time_base * 24) for f in read_frames(film, glimpses=(every, span))]
 
-    keys = [frame.index for frame in FrameReader(film) if frame.image.key_frame]
+    keys = [frame.index for frame in read_frames(film) if frame.image.key_frame]
     assert len(keys) > 4 and seen(0.0, 0.0) == keys
     few, two = seen(0.9, 0.0), seen(0.9, 0.1)
     assert 2 <= len(few) < len(keys) and set(few) < set(keys) and min(np.diff(few)) >= 0.9 * 24 - 2  # two are delayed
@@ -293,7 +302,7 @@ def test_a_film_that_begins_black_has_its_borders_found(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     film = probe(tmp_path / "a.mp4")
-    assert len(list(FrameReader(film, (0.0, 0.0)))) == 1  # one key frame in all, and it is black
+    assert len(list(read_frames(film, glimpses=(0.0, 0.0)))) == 1  # one key frame in all, and it is black
     assert find_borders(film) == Box(0, 16, 160, 80)
 
 

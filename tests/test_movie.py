@@ -12,12 +12,12 @@ import tiny
 import tiny_video
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_media import read_frames
 
 import cinema.movie
 from cinema.config import Preset
 from cinema.curation import GroundTruthAnnotator
 from cinema.errors import UserError
-from cinema.media import read_frames
 from cinema.movie import animate_storyboard, make_movie, plan_storyboard, weights_identity
 from cinema.story import Character, Shot, Story, load_story, save_story
 

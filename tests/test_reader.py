@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from test_media import read_frames
 
-from cinema.media import FilmWriter, read_frames
+from cinema.media import film_writer
 from cinema.toyworld.draw import render, render_looks
 from cinema.toyworld.film import draw_clip
 from cinema.toyworld.reader import THERE, ReadClip, cut_out, read_clip, read_keyframe
@@ -126,10 +127,10 @@ def test_reads_actions_and_moves_through_h264(tmp_path: Path) -> None:
     shots = [
         Setup(place, sizes[i % 3], CAMERAS[i % 4], (Actor(tag, "left", action),)) for i, action in enumerate(ACTIONS)
     ]
-    with FilmWriter(tmp_path / "a.mp4", 256, 128, 8, crf=23) as film:
+    with film_writer(tmp_path / "a.mp4", 256, 128, 8, crf=23) as add:
         for setup in shots:
             for image in draw_clip(movie, setup):
-                film.add(image)
+                add(image)
     frames = read_frames(tmp_path / "a.mp4")
     for i, setup in enumerate(shots):
         clip = read_clip(frames[17 * i : 17 * i + 17], setup, movie.cast)

@@ -1,4 +1,4 @@
-"""The shots of a film as videos: one tar per film, and a table that says where in it each shot lies.
+"""The shots of a film as videos: one tar per film, whose members are named by the shots' numbers.
 
 Shots are encoded anew, since a copied stream can only begin at a key frame: a shot would begin with frames of its
 neighbour. They keep the size of the film, black borders included; the film's table has its picture area.
@@ -12,39 +12,30 @@ from pathlib import Path
 from typing import IO
 
 import av
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cinema.curation.film import Film, Frame, FrameReader
+from cinema.curation.film import Film, Frame, read_frames
 from cinema.curation.store import CuratedShot, writing
 from cinema.files import atomic
 
-FOLDER = "clips"
-SCHEMA = pa.schema([("shot", "int64"), ("tar", "string"), ("offset", "int64"), ("size", "int64")])
 # Looks like the film; without x264's look-ahead, which is slow and did not always give the same bytes.
 ENCODER = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
 
 
-def write_clips(film: Film, shots: list[CuratedShot], out: Path, tell: Callable[[float], None]) -> None:
-    """Write the kept shots as `out`/clips/<film stem>.tar, and `.parquet` beside it: shot, tar, and the bytes `offset`
-    to `offset + size` of it, which are an MP4 file. The same film gives the same bytes.
+def write_clips(film: Film, shots: list[CuratedShot], path: Path, tell: Callable[[float], None]) -> None:
+    """Write the kept shots as MP4 files into the tar `path`; the same film gives the same bytes.
 
     `tell` is told the share done. Raises StoppedError if nothing can be written.
     """
-    path, frames, rows = out / FOLDER / f"{film.path.stem}.tar", iter(FrameReader(film)), []
-    kept = [shot for shot in shots if shot.kept]
+    frames, kept = read_frames(film), [shot for shot in shots if shot.kept]
     with writing(path), atomic(path) as part, tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, shot in enumerate(kept):
             tell(number / len(kept))
             entry = tarfile.TarInfo(f"{shot.shot:05}.mp4")  # owner, mode and time are the same for all
             with tempfile.TemporaryFile() as video:
                 _encode(film, shot, frames, video)
-                entry.size, start = video.seek(0, io.SEEK_END), tar.offset + tarfile.BLOCKSIZE  # its header is a block
+                entry.size = video.seek(0, io.SEEK_END)
                 video.seek(0)
                 tar.addfile(entry, video)
-            rows.append({"shot": shot.shot, "tar": path.name, "offset": start, "size": entry.size})
-    with writing(path), atomic(path.with_suffix(".parquet")) as part, open(part, "wb") as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
 
 
 def _encode(film: Film, shot: CuratedShot, frames: Iterator[Frame], file: IO[bytes]) -> None:

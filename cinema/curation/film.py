@@ -6,12 +6,12 @@ PTS x time base: frame numbers lie where the rate varies. Axes: `h w` rows and c
 
 import contextlib
 import math
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -25,11 +25,14 @@ from cinema.errors import UserError
 OVERWRITES = frozenset(["mpeg1video", "mpeg2video"])
 GAP_S = 1.0  # between the end of a frame and the next one: more is a loss
 
+Glimpses = tuple[float, float]  # seconds between two key frames looked at, at least, and how long from each
+Packets = Iterator[av.Packet | None]
+
 
 @dataclass(frozen=True)
 class Film:
     """What a film's header says: pixels of a stored frame, width of a pixel over its height, seconds per PTS tick,
-    frames per second (a guess where they vary), and its length in seconds if stated."""
+    frames per second (a guess where they vary), its length in seconds if stated, and FFmpeg's name of its format."""
 
     path: Path
     width: int
@@ -38,11 +41,21 @@ class Film:
     time_base: Fraction
     rate: Fraction
     duration_s: float | None
+    container: str = ""
 
     @property
     def expected_frames(self) -> int:
         """Frames to expect, for progress only; at least 1."""
         return max(1, round((self.duration_s or 1.0) * self.rate))
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels of the stored frame; `right` and `bottom` are exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Frame:
 
 
 def probe(path: Path) -> Film:
-    """Read a film's header; UserError if it is missing, a folder, empty, no film or without a moving picture."""
+    """Read a film's header; UserError if it is missing, no film or without a moving picture."""
     with _opened(path) as (container, stream):
         base = stream.time_base or Fraction(1, av.time_base)
         duration = container.duration / av.time_base if container.duration else None
@@ -65,7 +78,8 @@ def probe(path: Path) -> Film:
             duration = float(stream.duration * base)
         aspect, rate = stream.sample_aspect_ratio or Fraction(1), stream.average_rate or stream.guessed_rate
         size = stream.codec_context.width, stream.codec_context.height
-        return Film(path, *size, aspect, base, rate or Fraction(24), duration)
+        name = container.format.name.split(",")[0]
+        return Film(path, *size, aspect, base, rate or Fraction(24), duration, name)
 
 
 def planes_of(image: av.VideoFrame, film: Film) -> list[UInt8[np.ndarray, "h w"]]:
@@ -82,95 +96,91 @@ class Timeline:
     """What has been seen of a film so far: frames, when the last one ends, packets that could not be decoded, jumps
     of the clock, and ticks for which there is no frame."""
 
-    pts: array = field(default_factory=lambda: array("q"))
-    damaged: bytearray = field(default_factory=bytearray)
+    pts: list[int] = field(default_factory=list)
+    damaged: list[bool] = field(default_factory=list)
     end_pts: int = 0
     errors: int = 0
     jumps: int = 0
     missing: int = 0
 
 
-class FrameReader:
+def read_frames(film: Film, line: Timeline | None = None, glimpses: Glimpses | None = None) -> Iterator[Frame]:
     """One pass over the frames of a film, surviving what is broken in it; `line` is filled on the way.
 
-    What follows a packet that is corrupt or cannot be decoded is `damaged` up to the next key frame, being predicted
-    from it. With `glimpses`, (every, span) in seconds, only key frames at least `every` apart are decoded and counted,
-    and what follows each within `span`.
+    Every frame comes once; PTS strictly increase, also where the file's are missing or repeat. What follows a packet
+    that is corrupt or cannot be decoded is `damaged` up to the next key frame, being predicted from it. With
+    `glimpses`, no more than these are decoded and counted.
     """
+    line, moved = line or Timeline(), 0  # `moved`: ticks to add where a clock has started anew
+    step = max(1, round(1 / (film.rate * film.time_base)))
+    with _opened(film.path) as (container, stream):
+        every = _packets(container, stream, line)
+        packets: Packets = _glimpsed(every, film, *glimpses) if glimpses else every
+        for index, (image, damaged) in enumerate(_images(chain(packets, [None]), stream.codec_context, line)):
+            pts = line.end_pts if image.pts is None else image.pts + moved
+            if index:
+                if pts < line.pts[-1] - 4 * step:
+                    moved, pts, line.jumps = moved + line.end_pts - pts, line.end_pts, line.jumps + 1
+                pts = max(pts, line.pts[-1] + 1)
+                line.missing += gap if (gap := pts - line.end_pts) * film.time_base > GAP_S else 0
+            line.pts.append(pts)
+            line.damaged.append(damaged)
+            line.end_pts = pts + (image.duration or step)
+            yield Frame(index, pts, line.end_pts, damaged, image)
 
-    def __init__(self, film: Film, glimpses: tuple[float, float] | None = None, line: Timeline | None = None):
-        self.film, self._glimpses, self.line = film, glimpses, line or Timeline()
 
-    def __iter__(self) -> Iterator[Frame]:
-        """Yield every frame once; PTS strictly increase, also where the file's are missing or repeat."""
-        line, film, moved = self.line, self.film, 0  # `moved`: ticks to add where a clock has started anew
-        step = max(1, round(1 / (film.rate * film.time_base)))
-        with _opened(film.path) as (container, stream):
-            for index, (image, damaged) in enumerate(self._images(container, stream)):
-                pts = line.end_pts if image.pts is None else image.pts + moved
-                if index:
-                    if pts < line.pts[-1] - 4 * step:
-                        moved, pts, line.jumps = moved + line.end_pts - pts, line.end_pts, line.jumps + 1
-                    pts = max(pts, line.pts[-1] + 1)
-                    line.missing += gap if (gap := pts - line.end_pts) * film.time_base > GAP_S else 0
-                line.pts.append(pts)
-                line.damaged.append(damaged)
-                line.end_pts = pts + (image.duration or step)
-                yield Frame(index, pts, line.end_pts, damaged, image)
+def _images(packets: Packets, codec: av.VideoCodecContext, line: Timeline) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """Pictures, and whether they are damaged: in decoding order, since one may be predicted from a later one."""
+    bad_since, dts = math.inf, -math.inf
+    for packet in packets:
+        try:
+            images, bad = codec.decode(packet), packet is not None and packet.is_corrupt
+        except av.FFmpegError:
+            images, bad = [], packet is not None
+            line.errors += bad
+        for image in images:
+            when = image.dts if image.dts is not None else image.pts or 0
+            if image.key_frame and not image.is_corrupt and when > bad_since:
+                bad_since = math.inf
+            if codec.name in OVERWRITES:
+                image.make_writable()
+            yield image, image.is_corrupt or when >= bad_since
+        if packet is None:
+            codec.flush_buffers()
+        else:
+            dts = dts if packet.dts is None else packet.dts
+            bad_since = min(bad_since, dts) if bad else bad_since
 
-    def _images(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[av.VideoFrame, bool]]:
-        """Pictures, and whether they are damaged: in decoding order, since one may be predicted from a later one."""
-        codec, bad_since, dts = stream.codec_context, math.inf, -math.inf
-        packets = self._packets(container, stream)
-        for packet in chain(self._glimpsed(packets) if self._glimpses else packets, [None]):
-            try:
-                images, bad = codec.decode(packet), packet is not None and packet.is_corrupt
-            except av.FFmpegError:
-                images, bad = [], packet is not None
-                self.line.errors += bad
-            for image in images:
-                when = image.dts if image.dts is not None else image.pts or 0
-                if image.key_frame and not image.is_corrupt and when > bad_since:
-                    bad_since = math.inf
-                if codec.name in OVERWRITES:
-                    image.make_writable()
-                yield image, image.is_corrupt or when >= bad_since
-            if packet is None:
-                codec.flush_buffers()
-            else:
-                dts = dts if packet.dts is None else packet.dts
-                bad_since = min(bad_since, dts) if bad else bad_since
 
-    def _packets(self, container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-        failures = 0  # in a row: a broken place is passed, a broken rest is given up
-        while failures < 100:
-            try:
-                for packet in container.demux(stream):
-                    failures = 0
-                    if packet.size:  # the empty one that flushes is ours to send
-                        yield packet
-                return
-            except (av.FFmpegError, IndexError):  # IndexError: a damaged stream "opens" another one midway
-                self.line.errors, failures = self.line.errors + 1, failures + 1
+def _packets(container: InputContainer, stream: VideoStream, line: Timeline) -> Iterator[av.Packet]:
+    failures = 0  # in a row: a broken place is passed, a broken rest is given up
+    while failures < 100:
+        try:
+            for packet in container.demux(stream):
+                failures = 0
+                if packet.size:  # the empty one that flushes is ours to send
+                    yield packet
+            return
+        except (av.FFmpegError, IndexError):  # IndexError: a damaged stream "opens" another one midway
+            line.errors, failures = line.errors + 1, failures + 1
 
-    def _glimpsed(self, packets: Iterator[av.Packet]) -> Iterator[av.Packet | None]:
-        """The packets worth decoding; None where a stretch of them ends."""
-        (every, span), began = self._glimpses or (0.0, 0.0), -math.inf
-        for number, packet in enumerate(packets):
-            at = float(number / self.film.rate if packet.dts is None else packet.dts * self.film.time_base)
-            if packet.is_keyframe and at >= began + every:
-                yield None
-                began = at
-            if at <= began + span:
-                yield packet
+
+def _glimpsed(packets: Iterator[av.Packet], film: Film, every: float, span: float) -> Packets:
+    """The packets worth decoding; None where a stretch of them ends."""
+    began = -math.inf
+    for number, packet in enumerate(packets):
+        at = float(number / film.rate if packet.dts is None else packet.dts * film.time_base)
+        if packet.is_keyframe and at >= began + every:
+            yield None
+            began = at
+        if at <= began + span:
+            yield packet
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such film'}; name a film file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; copy it again")
+        raise UserError(f"{path}: there is no such film; correct the path")
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (OSError, av.FFmpegError) as error:
@@ -179,8 +189,9 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     with container:
         # Cover art is a video stream too, of one picture.
         moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not moving or moving[0].codec_context is None or not moving[0].codec_context.width:
+        codec = moving[0].codec_context if moving else None
+        if codec is None or not codec.width:
             raise UserError(f"{path}: it holds no moving picture that can be decoded; give a film, or convert it")
-        moving[0].codec_context.thread_count = 1  # cheapest per film, and the same result every time
-        moving[0].codec_context.options = {"err_detect": "explode"}  # else broken pictures pass as whole, concealed
+        codec.thread_count = 1  # cheapest per film, and the same result every time
+        codec.options = {"err_detect": "explode"}  # else broken pictures pass as whole, concealed
         yield container, moving[0]

@@ -21,13 +21,12 @@ import numpy as np
 from cinema.config import preset
 from cinema.curation import store
 from cinema.curation.annotate import FAULTS, Annotator, Desk
-from cinema.curation.clips import FOLDER as CLIPS
 from cinema.curation.clips import write_clips
 from cinema.curation.film import Film, probe
+from cinema.curation.frames import scan_film
 from cinema.curation.pool import Ask, Died, run_jobs, run_on_ray
 from cinema.curation.remote import fetched, incoming, is_remote, mirror, send
 from cinema.curation.report import write_card
-from cinema.curation.scan import scan_film
 from cinema.curation.search import look_at
 from cinema.curation.shots import DETECTOR, DETECTORS, SHORTEST_SHOT, Timeline, unknown_detector
 from cinema.errors import UserError
@@ -86,6 +85,11 @@ class _Job:
     def looked(self) -> Path:
         """What the film shows, while its captions are not done."""
         return self.out / f".{self.film.stem}.scan.parquet"
+
+    @property
+    def clips(self) -> Path:
+        """Where videos of its shots go."""
+        return self.out / "clips" / f"{self.film.stem}.tar"
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -215,8 +219,8 @@ def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> F
     if report := job.finished():
         return report
     facts, scan = _scan(job, tell)
-    if job.config["video"] and not (job.out / CLIPS / path.name).is_file():
-        write_clips(facts, scan.shots, job.out, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
+    if job.config["video"] and not job.clips.is_file():
+        write_clips(facts, scan.shots, job.clips, lambda share: tell(0.5 + 0.4 * share, "videos of shots"))
     most = sum(shot.kept for shot in scan.shots)
     desk = replace(desk, journal=job.file(".captions.jsonl"), tell=lambda n: tell(0.9 + 0.1 * n / most, "captions"))
     captions = job.annotator.caption(film, (row for row in store.read_rows(looked) if row.kept), desk)
@@ -238,7 +242,7 @@ def _scan(job: _Job, tell: Callable[[float, str], None]) -> tuple[Film, store.Cu
     with contextlib.suppress(UserError):
         if (scan := store.read_film(job.looked, images=False)).about.get("asked") == asked:
             return film, scan
-    (job.out / CLIPS / f"{job.film.stem}.parquet").unlink(missing_ok=True)  # of another version of the film
+    job.clips.unlink(missing_ok=True)  # of another version of the film
     line, share_of_all = Timeline(), 0.5 if job.config["video"] else 0.9
     how = job.config["height"], job.config["detector"], line
     shots = scan_film(film, *how, lambda share, what: tell(share_of_all * share, what))
@@ -277,8 +281,8 @@ class _Tally:
         self.jobs, self.on_progress = jobs, on_progress
         self.max_requests, self.max_tokens = (math.inf if limit is None else limit for limit in limits)
         self.requests, self.tokens, self.out_of_money = 0, 0, False
-        found = look_at([job.film for job in jobs])
-        self.sizes = np.array([facts[:2] if facts else (1, 0.0) for facts in found])  # frames and seconds
+        found = look_at([job.film for job in jobs])  # frames and seconds of each:
+        self.sizes = np.array([(film.expected_frames, film.duration_s or 0.0) if film else (1, 0.0) for film in found])
         self.shares, self.began = np.zeros(len(jobs)), time.monotonic()
 
     def answer(self, number: int, kind: str, value: Any) -> bool:

