@@ -19,7 +19,6 @@ from test_curation import files, make_film
 from cinema.cli import main
 from cinema.curation import (
     Annotator,
-    Caption,
     Desk,
     GroundTruthAnnotator,
     LocalAnnotator,
@@ -30,6 +29,7 @@ from cinema.curation import (
     curate_film,
     read_film,
 )
+from cinema.curation.annotate import Caption
 from cinema.curation.frames import to_jpeg
 from cinema.curation.store import CuratedShot
 from cinema.errors import UserError

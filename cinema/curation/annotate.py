@@ -191,20 +191,18 @@ class ModelAnnotator(Annotator):
         if cast:
             schema["properties"]["tags"]["items"] = {"enum": sorted(c.tag for c in cast)}
         journal = Journal(desk.journal)
-        with self._opened(schema, desk) as model:
+        with self._opened(schema, desk.pay) as model:
             for shot in shots:
                 desk.tell(len(captions))
                 before = [c.text for c in captions if c.text][-CONTEXT:]
-                captions.append(self._ask(model, shot.image or b"", cast, before, journal, desk))
+                captions.append(self._ask(model, shot.image or b"", cast, before, journal))
         return captions
 
-    def _opened(self, schema: dict[str, Any], desk: Desk) -> contextlib.AbstractContextManager[Say]:
-        """The model, answering in JSON of a schema; it asks the desk to pay before it works. Raises as `connect`."""
+    def _opened(self, schema: Any, pay: Callable[[], None]) -> contextlib.AbstractContextManager[Say]:
+        """The model, answering in JSON of a schema; `pay` is called before it works. Raises as `connect`."""
         raise NotImplementedError
 
-    def _ask(
-        self, model: Say, frame: bytes, cast: list[Character], before: list[str], journal: Journal, desk: Desk
-    ) -> Caption:
+    def _ask(self, model: Say, frame: bytes, cast: list[Character], before: list[str], journal: Journal) -> Caption:
         facts = json.dumps({"cast": [c.model_dump() for c in cast], "captions_before": before}, ensure_ascii=False)
         url = "data:image/jpeg;base64," + base64.b64encode(frame).decode()
         question = [{"type": "text", "text": facts}, {"type": "image_url", "image_url": {"url": url}}]
@@ -223,10 +221,8 @@ class ModelAnnotator(Annotator):
             try:
                 answer = _Answer.model_validate_json(reply.text, context={c.tag for c in cast})
             except ValidationError as error:
-                cut = reply.finish == "length"
-                raise ValueError(
-                    "TRUNCATED: it was cut off; be brief" if cut else f"INVALID: {_first(error)}"
-                ) from None
+                fault = f"INVALID: {_first(error)}"
+                raise ValueError("TRUNCATED: it was cut off; be brief" if reply.finish == "length" else fault) from None
             return Caption(answer.caption, answer.tags)
 
         try:
@@ -251,8 +247,8 @@ class VisionAnnotator(ModelAnnotator):
         self._server, self._retries, self._timeout = endpoint_from_environment(), retries, timeout
         super().__init__(self._server.model, cast)
 
-    def _opened(self, schema: dict[str, Any], desk: Desk) -> contextlib.AbstractContextManager[Say]:
-        return connect(self._server, schema, desk.pay, self._retries, self._timeout)
+    def _opened(self, schema: Any, pay: Callable[[], None]) -> contextlib.AbstractContextManager[Say]:
+        return connect(self._server, schema, pay, self._retries, self._timeout)
 
 
 class LocalAnnotator(ModelAnnotator):
@@ -280,9 +276,9 @@ class LocalAnnotator(ModelAnnotator):
             what = f"no image-text-to-text model can be loaded ({str(error).strip().partition(chr(10))[0]})"
             raise StoppedError(f"{self.model}: {what}; name a folder or a hub name") from None
 
-    def _opened(self, schema: dict[str, Any], desk: Desk) -> contextlib.AbstractContextManager[Say]:
+    def _opened(self, schema: Any, pay: Callable[[], None]) -> contextlib.AbstractContextManager[Say]:
         def say(messages: list[Any]) -> Reply:
-            desk.pay()
+            pay()
             chat = [m | {"content": _parts(m["content"])} for m in messages]
             answer = self._pipe(text=chat, max_new_tokens=self._longest, do_sample=False, return_full_text=False)
             text = answer[0]["generated_text"]

@@ -130,10 +130,10 @@ def _main(line: Connection, function: Function, job: Any) -> None:
 
 
 def run_on_ray(function: Function, jobs: Sequence[Any], *, limit_s: float, **_: Any) -> Iterator[tuple[int, Any]]:
-    """As `run_jobs`, spread over a Ray cluster, one core per job; its other settings mean nothing here.
+    """As `run_jobs`, spread over a Ray cluster, one core per job, each in a child of its worker.
 
-    Every machine of the cluster must reach the films and the folder of results: a shared disk, or an address such as
-    ``s3://bucket/films``. A job still runs in a child process of its worker. UserError where ray is not installed.
+    Every machine must reach the films and the folder of results: a shared disk, or an address such as
+    ``s3://bucket/films``. Other settings mean nothing here. UserError where ray is not installed.
     """
     try:
         import ray.data

@@ -1,7 +1,6 @@
 """Films and results at addresses such as ``s3://bucket/films``, through fsspec: copied here to be read, sent when done.
 
-What is sent is kept in a folder here as well, so a run that was killed goes on from there. Everything here raises
-StoppedError where a place cannot be reached.
+What is sent is kept here as well, so a killed run goes on from there. All raise StoppedError for what is out of reach.
 """
 
 import hashlib

@@ -58,9 +58,9 @@ def _write_film_page(out: Path, stem: str, done: dict[str, Any]) -> dict[str, An
     named = {tag: [shot for shot in film.shots if tag in shot.tags] for tag in tags}
     pictures = [_thumb(shot.image) if shot.image else "" for shot in read_rows(out / f"{stem}.parquet")]
     lasts, reasons = [s.end_s - s.start_s for s in film.shots], [s.reason for s in film.shots if not s.kept]
-    about = {"title": film.film, "film": done, **_charts(lasts, reasons)}
-    about |= {"shots": film.shots, "cast": film.cast, "pictures": pictures, "named": named}
-    _write(out / "report" / "films" / f"{stem}.html", "film.html", **about)
+    about = {"title": film.film, "film": done, "shots": film.shots, "cast": film.cast, "named": named}
+    path = out / "report" / "films" / f"{stem}.html"
+    _write(path, "film.html", pictures=pictures, **about, **_charts(lasts, reasons))
     return {"page": "films/" + quote(os.fsencode(f"{stem}.html")), "lasts": lasts, "reasons": reasons}
 
 

@@ -133,9 +133,9 @@ def curate(
 ) -> CurationReport:
     """Curate films into a folder; the same command goes on where it was killed and ends with the same bytes.
 
-    Every film is curated by a child process. One that crashes, or shows no progress for `limit_s` seconds, is tried
-    twice; then its film is set aside as failed, and not tried again until it changes or its done-file is deleted.
-    Children import the script that calls this: it does so below `if __name__ == "__main__":`.
+    Every film has a child process. One that crashes, or shows no progress for `limit_s` seconds, is tried twice; then
+    the film is set aside as failed, until it changes or its done-file is deleted. Children import the script that calls
+    this, so it does that below `if __name__ == "__main__":`.
 
     Args:
         films: files, each with a name of its own, here or at addresses; `search.find_films` finds them in folders.
@@ -162,9 +162,8 @@ def curate(
     reports = {job.film: report for job in jobs if (report := job.finished())}
     waiting = [job for job in jobs if job.film not in reports]
     tally = _Tally(waiting, max_requests, on_progress or quiet)
-    here = partial(run_jobs, workers=workers, answer=tally.answer)
-    run: Any = run_on_ray if ray and waiting else here
-    with contextlib.closing(run(_curate, waiting, limit_s=limit_s)) as ended:
+    run: Any = run_on_ray if ray and waiting else run_jobs
+    with contextlib.closing(run(_curate, waiting, limit_s=limit_s, workers=workers, answer=tally.answer)) as ended:
         for number, result in ended:
             job = waiting[number]
             reports[job.film] = report = job.fail(result.reason, again=False) if isinstance(result, Died) else result
