@@ -408,7 +408,8 @@ def test_a_local_model_is_shown_the_frame_and_its_answers_are_kept(tmp_path):
     (caption,) = wise.caption(Path("a.mp4"), [shot(2)], desk)
     assert caption == Caption("Wide shot, <ada> waves.", ["<ada>"])
     text = pipe.tokenizer.decode(asked[0]["input_ids"][0])
-    assert "red round" in text and asked[0]["pixel_values"].shape == (1, 3, 16, 16)
+    assert "red round" in text and asked[0]["do_sample"] is False
+    assert asked[0]["pixel_values"].shape == (1, 3, 16, 16)
     (tmp_path / "model" / "config.json").unlink()
     assert LocalAnnotator(annotator.model, CAST, longest=5).caption(Path("a.mp4"), [shot(), shot(1)], desk) == first
     with pytest.raises(StoppedError, match="no image-text-to-text model can be loaded"):

@@ -151,7 +151,8 @@ class Journal:
             os.truncate(path, sum(map(len, lines[:-1])))
             lines.pop()
         for entry in map(json.loads, lines):
-            self.answers[tuple(entry.pop("key"))] = Reply(**entry)
+            key = tuple(entry.pop("key"))
+            self.answers[key] = Reply(**entry)
 
     def add(self, key: tuple[str | int, ...], reply: Reply) -> None:
         """Keep an answer; it is in the file when this returns."""
@@ -280,8 +281,8 @@ class LocalAnnotator(ModelAnnotator):
         def say(messages: list[Any]) -> Reply:
             pay()
             chat = [m | {"content": _parts(m["content"])} for m in messages]
-            answer = self._pipe(text=chat, max_new_tokens=self._longest, do_sample=False, return_full_text=False)
-            text = answer[0]["generated_text"]
+            how = {"max_new_tokens": self._longest, "do_sample": False}
+            text = self._pipe(text=chat, generate_kwargs=how, return_full_text=False)[0]["generated_text"]
             tokens = len(self._pipe.tokenizer(text)["input_ids"])
             return Reply(text, "length" if tokens >= self._longest else "stop", tokens)
 
