@@ -1,21 +1,17 @@
 """Asking a language or vision model, behind any OpenAI-compatible server, for an answer that a program can use."""
 
 import contextlib
+import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-import httpx
 import openai
 
 from cinema.errors import UserError
 
 SETTINGS = ("CINEMA_LLM_BASE_URL", "CINEMA_LLM_API_KEY", "CINEMA_LLM_MODEL")
-PATIENCE_S = 120  # openai's client waits no longer, whatever Retry-After says
-TOKENS = 2_000  # what a request is taken to cost where the server does not say
 Answer = TypeVar("Answer")
 
 
@@ -38,7 +34,10 @@ class AnswerError(ValueError):
 class ServerError(UserError):
     """The model cannot be asked, for now or, if not `passes`, until somebody mends something."""
 
-    passes = True
+    def __init__(self, host: str, what: str, passes: bool = True):
+        cure = "correct CINEMA_LLM_* or wait, and run the same command again"
+        super().__init__(f"{host}: the model cannot be asked, for its server {what}; {cure}")
+        self.passes = passes
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,7 @@ def endpoint_from_environment(needed: tuple[str, ...] = SETTINGS) -> Endpoint:
     """The endpoint that SETTINGS name; UserError tells which of those `needed` is missing."""
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"a server's model is asked by address, key and name; set {missing[0]}")
-    told = Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
-    try:
-        httpx.URL(told.base_url)
-    except httpx.InvalidURL as error:
-        raise UserError(f"{SETTINGS[0]} is no address ({error}); correct it") from None
-    return told
+    return Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
 
 
 def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:
@@ -91,59 +85,32 @@ def connect(
 
     def say(messages: list[Any]) -> Reply:
         try:
-            answer = client.chat.completions.create(messages=messages, **asked)
+            answer: Any = client.chat.completions.create(messages=messages, **asked)
         except openai.APIError as error:
-            return _refusal(error)
-        except UnicodeEncodeError:
-            raise UserError("the server's key holds letters that no key has; correct CINEMA_LLM_API_KEY") from None
-        tokens = getattr(getattr(answer, "usage", None), "total_tokens", None)
-        tokens = tokens if isinstance(tokens, int) and tokens > 0 else TOKENS
-        try:  # some answer 200 with something else: what is not as it should be counts as nothing said
-            choice = answer.choices[0]
-            text, refused, finish = choice.message.content, choice.message.refusal, choice.finish_reason
-        except (AttributeError, LookupError, TypeError):
-            return Reply("", tokens=tokens)
-        finish = "content_filter" if refused else str(finish or "stop")
-        return Reply(text if isinstance(text, str) else "", finish, tokens)
+            return _refusal(error, client.base_url.host)
+        except json.JSONDecodeError:
+            answer = ""
+        if isinstance(answer, str):
+            raise ServerError(client.base_url.host, "answers something that is no JSON")
+        try:
+            choice, tokens = answer.choices[0], answer.usage.total_tokens if answer.usage else 0
+            finish = "content_filter" if choice.message.refusal else choice.finish_reason or "stop"
+            return Reply(choice.message.content or "", finish, tokens)
+        except (AttributeError, LookupError, TypeError):  # other JSON than it should be: nothing was said
+            return Reply("")
 
-    hooks: Any = {"request": [lambda request: pay()], "response": [_check_json]}
+    hooks: Any = {"request": [lambda request: pay()]}
     where: Any = {"base_url": server.base_url, "api_key": server.api_key, "max_retries": retries, "timeout": timeout}
     with openai.OpenAI(**where, http_client=openai.DefaultHttpxClient(event_hooks=hooks)) as client:
         yield say
 
 
-def _check_json(response: Any) -> None:
-    """Have the client repeat a request that is answered by something else."""
-    response.read()
-    try:
-        _ = response.is_success and response.json()
-    except ValueError:
-        raise httpx.DecodingError("what answers is no JSON") from None
-
-
-def _seconds(wait: str) -> float:
-    """Of a Retry-After, which is a number or a date; none if it is neither."""
-    with contextlib.suppress(ValueError):
-        return float(wait)
-    with contextlib.suppress(ValueError, TypeError):
-        return parsedate_to_datetime(wait).timestamp() - time.time()
-    return 0.0
-
-
-def _refusal(error: openai.APIError) -> Reply:
+def _refusal(error: openai.APIError, host: str) -> Reply:
     """What a model says by refusing a request; else raises ServerError."""
     if error.code in ("content_filter", "content_policy_violation"):
         return Reply("", "content_filter")
-    what, wait, passes = "does not answer", "", False
-    if isinstance(error, openai.APITimeoutError):
-        what, passes = "does not answer in time", True
-    elif isinstance(error, openai.APIStatusError):
-        wait, status = error.response.headers.get("retry-after", ""), error.status_code
-        what = f"answers {status} {error.response.reason_phrase}" + f", and asks to wait for {wait} s" * bool(wait)
-        passes = status not in (401, 402, 403, 404) and error.code != "insufficient_quota"
-    told = ServerError(
-        f"{error.request.url.host}: the model cannot be asked, for its server {what}; correct CINEMA_LLM_* or wait, "
-        "and run the same command again"
-    )
-    told.passes = passes and _seconds(wait) <= PATIENCE_S
-    raise told from None
+    if isinstance(error, openai.APIStatusError):
+        passes = error.status_code not in (401, 402, 403, 404) and error.code != "insufficient_quota"
+        raise ServerError(host, f"answers {error.status_code} {error.response.reason_phrase}", passes) from None
+    late = isinstance(error, openai.APITimeoutError)
+    raise ServerError(host, "does not answer" + " in time" * late, passes=late) from None

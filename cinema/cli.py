@@ -1,7 +1,7 @@
 """The command line; what is heavy is imported when a command asks for it.
 
 Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one sentence;
-CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated, 4 the limit of spending."""
+CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated."""
 
 import os
 import platform
@@ -125,12 +125,11 @@ def curate(
         Literal["truth", "vision", "local", "none"], typer.Option(help="Who writes captions.")
     ] = "none",
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the local annotator's model.")] = None,
-    cast: Annotated[Path | None, typer.Option(help="YAML whose `cast` captions may name, or a folder of such.")] = None,
+    cast: Annotated[Path | None, typer.Option(help="YAML whose `cast` captions may name.")] = None,
     detector: Annotated[str, typer.Option(help=DETECTOR_HELP)] = "planes",
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests for captions it may send.", min=0)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens for captions it may pay for.", min=0)] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds a film may go without progress.", min=1, max=1e6)] = 900.0,
     ray: Annotated[bool, typer.Option("--ray", help="Spread films over a Ray cluster.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Also write pages to look through, OUT/report.")] = False,
@@ -138,7 +137,7 @@ def curate(
     json: Json = None,
 ) -> None:
     """Turn films into shots, keyframes and captions on disk; what is broken is reported and skipped."""
-    people = cast if cast and cast.is_dir() else load_cast(cast) if cast else []
+    people = load_cast(cast) if cast else []
     from cinema import curation
 
     makers: dict[str, Callable[[], curation.Annotator]] = {
@@ -149,16 +148,13 @@ def curate(
     }
     workers = workers or (1 if annotator == "local" else _cores())
     options: dict[str, Any] = {"height": preset.keyframes.height, "detector": detector, "video": video, "ray": ray}
-    options |= {"limit_s": time_limit, "max_requests": max_requests, "max_tokens": max_tokens, "workers": workers}
+    options |= {"limit_s": time_limit, "max_requests": max_requests, "workers": workers}
     given = curation.find_films(films, out), out
     result = _watch("cinema.curation:curate", *given, annotator=makers[annotator](), **options)
     columns = "status", "shots", "kept", "reason"
     _show(result, json, {curation.shown(str(f.film)): {c: getattr(f, c) for c in columns} for f in result.films})
     if report:
-        _say(f"{curation.write_report(out, workers)}: open it in a browser")
-    if result.out_of_money:
-        _say(f"the spending limit is reached after {result.requests} requests; the same command goes on from here")
-        raise typer.Exit(4)
+        _say(f"{curation.write_report(out)}: open it in a browser")
     if result.failed:
         _say(f"{len(result.failed)} of {len(result.films)} films could not be curated; the table says why")
         raise typer.Exit(3)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,6 @@ from test_curation import files, make_film
 from cinema.cli import main
 from cinema.curation import (
     Annotator,
-    Caption,
     Desk,
     GroundTruthAnnotator,
     LocalAnnotator,
@@ -29,6 +29,7 @@ from cinema.curation import (
     curate_film,
     read_film,
 )
+from cinema.curation.annotate import Caption
 from cinema.curation.frames import to_jpeg
 from cinema.curation.store import CuratedShot
 from cinema.errors import UserError
@@ -202,9 +203,6 @@ def test_back_off_is_as_long_as_the_server_says_and_random_beyond(serve, slept):
     serve([{"status": 503, "headers": {"Retry-After": date}}, GOOD])
     VisionAnnotator(CAST).caption(Path("a.mp4"), [shot()])
     assert 1 < slept[0] <= 31
-    serve([{"status": 429, "headers": {"Retry-After": "3600"}}])
-    with pytest.raises(StoppedError, match=r"answers 429 .* asks to wait for 3600 s"):
-        VisionAnnotator(CAST).caption(Path("a.mp4"), [shot()])
 
 
 CUT = {"finish": "length", "message": {"content": '{"caption": "A very'}}
@@ -235,15 +233,11 @@ def test_what_was_answered_is_kept_apart_and_never_asked_again(serve, tmp_path, 
     "answer",
     [{"body": b"<html>busy</html>", "headers": {"Content-Type": "text/html"}}, {"body": b'{"choices": ['}],
 )
-def test_what_is_no_json_is_no_answer_and_is_not_kept(serve, slept, tmp_path, answer):
-    server, desk = serve([answer, answer, {"message": {"content": GOOD}}]), Desk(tmp_path / "a.jsonl")
-    (caption,) = VisionAnnotator(CAST).caption(Path("a.mp4"), [shot()], desk)
-    assert caption.kept and len(server.asked) == 3
-    server.answers = [answer] * 99
-    (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(StoppedError, match="its server does not answer;"):
-        VisionAnnotator(CAST, retries=1).caption(Path("a.mp4"), [shot()], desk)
-    assert not (tmp_path / "a.jsonl").read_text()
+def test_what_is_no_json_is_no_answer_and_is_asked_for_again(serve, tmp_path, answer):
+    serve([answer, {"message": {"content": GOOD}}])
+    desk, annotator = Desk(tmp_path / "a.jsonl"), VisionAnnotator(CAST)
+    (none,), (caption,) = (annotator.caption(Path("a.mp4"), [shot()], desk) for _ in range(2))
+    assert none.retry and "something that is no JSON" in none.reason and caption.kept
 
 
 def test_a_misbehaving_server_costs_nothing_twice_whatever_the_limit_stops(serve, slept, tmp_path):
@@ -255,13 +249,19 @@ def test_a_misbehaving_server_costs_nothing_twice_whatever_the_limit_stops(serve
     assert [c.kept for c in whole] == [True, False, True, True, True] and len(server.asked) == len(answers)
     for limit in (1, 2, 3):
         server, captions, runs = serve(answers), [], 0
-        while not captions or any(c.retry for c in captions):
+        while not captions:
             left = iter(range(limit))
-            desk = Desk(tmp_path / f"{limit}.jsonl", may_ask=lambda left=left: next(left, None) is not None)
-            before = len(server.asked)
-            captions, runs = VisionAnnotator(CAST).caption(Path("a.mp4"), shots, desk), runs + 1
+
+            def pay(left: Iterator[int] = left) -> None:
+                if next(left, None) is None:
+                    raise StoppedError
+
+            before, runs = len(server.asked), runs + 1
+            with contextlib.suppress(StoppedError):
+                captions = VisionAnnotator(CAST).caption(
+                    Path("a.mp4"), shots, Desk(tmp_path / f"{limit}.jsonl", pay=pay)
+                )
             assert len(server.asked) - before <= limit
-            assert all(c.reason.startswith("LIMIT: ") for c in captions if c.retry)
         assert captions == whole and len(server.asked) == len(answers) and runs == -(-len(answers) // limit)
         assert (tmp_path / f"{limit}.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -291,11 +291,9 @@ def test_a_kill_between_answers_loses_none_and_the_result_is_the_same(serve, tmp
 def test_the_spending_limit_ends_a_run_and_the_next_one_goes_on(serve, tmp_path, monkeypatch, capsys):
     films = [make_film(tmp_path / f"{name}.mp4", [9, 9]) for name in "ab"]
     server = serve([json.dumps({"caption": "A door.", "tags": []})])
-    report = curate(films, tmp_path / "out", annotator=VisionAnnotator(CAST), height=32, max_requests=1)
-    assert [(f.status, f.kept) for f in report.films] == [("partial", 1), ("waiting", 0)]
-    assert (report.out_of_money, report.requests, report.tokens) == (True, 1, 100)
-    counts = json.loads((tmp_path / "out" / "a.done.json").read_text())["counts"]
-    assert (counts["limit"], counts["pending"]) == (1, 1)
+    with pytest.raises(StoppedError, match="the spending limit is reached; the same command goes on from here"):
+        curate(films, tmp_path / "out", annotator=VisionAnnotator(CAST), height=32, max_requests=1)
+    assert len(server.asked) == 1 and not (tmp_path / "out" / "a.parquet").exists()
 
     def never(*_: Any) -> None:
         raise AssertionError("looked at a film again")
@@ -305,8 +303,8 @@ def test_the_spending_limit_ends_a_run_and_the_next_one_goes_on(serve, tmp_path,
         assert curate_film(films[0], tmp_path / "out", annotator=VisionAnnotator(CAST), height=32).kept == 2
     monkeypatch.setenv("CINEMA_PRESET", "toy")
     command = ["curate", *map(str, films), "-o", str(tmp_path / "cli"), "--annotator", "vision", "--workers", "1"]
-    assert main([*command, "--max-tokens", "250"]) == 4
-    assert "spending limit is reached after 3 requests" in capsys.readouterr().err
+    assert main([*command, "--max-requests", "3"]) == 1
+    assert "the spending limit is reached" in capsys.readouterr().err
     assert main(command) == 0 and len(server.asked) == 2 + 4
     curate(films, tmp_path / "out", annotator=VisionAnnotator(CAST), height=32)
     curate(films, tmp_path / "whole", annotator=VisionAnnotator(CAST), height=32)
@@ -315,22 +313,21 @@ def test_the_spending_limit_ends_a_run_and_the_next_one_goes_on(serve, tmp_path,
 
 def test_every_film_may_have_a_character_bank_of_its_own(serve, tmp_path):
     server = serve([GOOD])
-    shots = '[{caption: "<ada> waves."}]'
-    (tmp_path / "a.yaml").write_text(f"title: A\ncast: [{{tag: <ada>, description: red}}]\nshots: {shots}\n")
-    annotator = VisionAnnotator(tmp_path)
-    (known,), (unknown,) = (annotator.caption(Path(name), [shot()]) for name in ("a.mp4", "b.mp4"))
+    (tmp_path / "a.yaml").write_text("cast: [{tag: <ada>, description: green}]\n")
+    annotator = VisionAnnotator(CAST[1:])
+    (known,), (unknown,) = (annotator.caption(tmp_path / name, [shot()]) for name in ("a.mp4", "b.mp4"))
     assert known.kept and "<ada> is not a tag of the cast" in unknown.reason
-    assert json.loads(server.asked[0]["messages"][1]["content"][0]["text"])["cast"][0]["description"] == "red"
+    assert json.loads(server.asked[0]["messages"][1]["content"][0]["text"])["cast"][0]["description"] == "green"
 
 
 def test_a_changed_bank_has_its_film_captioned_again_and_no_other(serve, tmp_path):
     serve([json.dumps({"caption": "A door.", "tags": []})])
     films = [make_film(tmp_path / f"{name}.mp4", [9]) for name in "ab"]
-    bank = "title: A\ncast: [{{tag: <ada>, description: {}}}]\nshots: [{{caption: <ada> waves.}}]\n"
-    for look, skipped in (("red", [False, False]), ("blue", [False, True]), ("blue", [True, True])):
-        (tmp_path / "a.yaml").write_text(bank.format(look))
-        report = curate(films, tmp_path / "out", annotator=VisionAnnotator(tmp_path), height=32)
-        assert [f.skipped for f in report.films] == skipped
+    for look, skipped in (("red", [False, False]), ("blue", [False, True])):
+        (tmp_path / "a.yaml").write_text(f"cast: [{{tag: <ada>, description: {look}}}]\n")
+        for expected in (skipped, [True, True]):
+            report = curate(films, tmp_path / "out", annotator=VisionAnnotator(), height=32)
+            assert [f.skipped for f in report.films] == expected
         assert read_film(tmp_path / "out" / "a.parquet").cast[0].description == look
 
 
@@ -396,26 +393,23 @@ def test_a_local_model_is_shown_the_frame_and_its_answers_are_kept(tmp_path):
     first = annotator.caption(Path("a.mp4"), [shot(), shot(1)], desk)
     assert [c.reason.partition(":")[0] for c in first] == ["TRUNCATED"] * 2  # random weights babble
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and all(line["finish"] == "length" and line["tokens"] > 100 for line in lines)
-    processor, network = annotator._parts
-    asked = list[Any]()
+    assert len(lines) == 4 and all(line["finish"] == "length" and line["tokens"] >= 5 for line in lines)
+    wise, asked = LocalAnnotator(annotator.model, CAST), list[Any]()
+    pipe = wise._pipe
 
-    class Wise:
-        device, dtype = network.device, network.dtype
-
-        def generate(self, **inputs: Any) -> Any:
-            asked.append(inputs)
-            said = processor.tokenizer(GOOD, return_tensors="pt")["input_ids"]
-            return torch.cat([inputs["input_ids"], said], dim=1)
+    def generate(**inputs: Any) -> Any:
+        asked.append(inputs)
+        said = pipe.tokenizer(GOOD, return_tensors="pt")["input_ids"]
+        return torch.cat([inputs["input_ids"], said], dim=1)
 
     import torch
 
-    wise = LocalAnnotator(annotator.model, CAST)
-    wise.__dict__["_parts"] = processor, Wise()
+    pipe.model.generate = generate
     (caption,) = wise.caption(Path("a.mp4"), [shot(2)], desk)
     assert caption == Caption("Wide shot, <ada> waves.", ["<ada>"])
-    text = processor.decode(asked[0]["input_ids"][0])
-    assert "red round" in text and asked[0]["pixel_values"].shape == (1, 3, 16, 16)
+    text = pipe.tokenizer.decode(asked[0]["input_ids"][0])
+    assert "red round" in text and asked[0]["do_sample"] is False
+    assert asked[0]["pixel_values"].shape == (1, 3, 16, 16)
     (tmp_path / "model" / "config.json").unlink()
     assert LocalAnnotator(annotator.model, CAST, longest=5).caption(Path("a.mp4"), [shot(), shot(1)], desk) == first
     with pytest.raises(StoppedError, match="no image-text-to-text model can be loaded"):

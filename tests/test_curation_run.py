@@ -70,19 +70,6 @@ def test_a_pool_gives_the_same_bytes_as_one_process_and_as_no_child(tmp_path):
     assert "film-hours an hour" in calls[-1][2]
 
 
-def test_a_script_needs_no_main_guard_and_its_own_annotator_only_the_usual_one(tmp_path):
-    """Children do not run the user's script anew, unless they need what is defined there."""
-    film, script = make_film(tmp_path / "a.mp4", [9]), tmp_path / "script.py"
-    call = f"curate([{str(film)!r}], {str(tmp_path / 'out')!r}, annotator={{}}, height=32).films[0].status"
-    head = "from cinema.curation import NoAnnotator, curate\nprint('runs')\n"
-    mine = "class Mine(NoAnnotator):\n    pass\n"
-    script.write_text(f"{head}print({call.format('NoAnnotator()')})\n")
-    assert subprocess.check_output([sys.executable, str(script)], text=True).split() == ["runs", "ok"]
-    shutil.rmtree(tmp_path / "out")
-    script.write_text(f"{head}{mine}if __name__ == '__main__':\n    print({call.format('Mine()')})\n")
-    assert subprocess.check_output([sys.executable, str(script)], text=True).split().count("ok") == 1
-
-
 def test_jobs_are_answered_and_one_can_stop_them_all():
     assert sorted(run_jobs(double, [1, 2], workers=2, answer=lambda number, kind, value: 10 * value)) == [
         (0, 20),
@@ -93,7 +80,6 @@ def test_jobs_are_answered_and_one_can_stop_them_all():
     assert next(run_jobs(double, ["no number"]))[1] == Died(
         "TypeError: '<' not supported between instances of 'str' and 'int'; it was tried 2 times"
     )
-    assert list(run_jobs(double, [1], go_on=lambda: False)) == []
 
 
 def test_films_are_found_in_folders_by_ending_or_content(tmp_path):
@@ -262,7 +248,7 @@ def test_a_film_at_an_address_is_here_only_while_needed_with_what_captions_are_m
     for sidecar, names in (("", ["a.mp4"]), (".txt", ["a.mp4", "a.txt"]), (".srt", ["a.mp4"])):
         with fetched(f"local://{tmp_path}/a.mp4", here, sidecar):
             assert files(here.parent) == {name: name.encode() for name in names}
-        assert files(here.parent) == {}
+        assert not here.parent.exists()
     with pytest.raises(UserError, match="there is no such film"), fetched(f"local://{tmp_path}/b.mp4", here, ".txt"):
         pass
 
@@ -283,14 +269,11 @@ def test_a_cluster_without_ray_or_with_a_limit_is_refused(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="ray is not installed"):
         curate([film], tmp_path / "out", **QUIET, ray=True)
     with pytest.raises(UserError, match="a spending limit cannot be kept"):
-        curate([film], tmp_path / "out", **QUIET, ray=True, max_tokens=1)
+        curate([film], tmp_path / "out", **QUIET, ray=True, max_requests=1)
 
 
 def test_what_would_break_a_run_midway_is_said_before_it(tmp_path, capsys):
-    film, long = make_film(tmp_path / "a.mp4", [9]), tmp_path / f"{'m' * 235}.mp4"
-    long.write_bytes(film.read_bytes())
-    assert main(["curate", str(long), "-o", str(tmp_path / "out")]) == 1
-    assert "too long for names made of it; shorten it" in capsys.readouterr().err
+    film = make_film(tmp_path / "a.mp4", [9])
     (tmp_path / "index.mp4").write_bytes(film.read_bytes())  # its page is not the first page
     assert main(["curate", str(tmp_path / "index.mp4"), "-o", str(tmp_path / "i"), "--report"]) == 0
     assert (tmp_path / "i/report/films/index.html").read_text() != (tmp_path / "i/report/index.html").read_text()

@@ -1,18 +1,6 @@
-"""Curation: a film file becomes shots, one keyframe and one caption per shot, and a Parquet file that is a `Story`.
+"""Curation: a film file becomes shots, one keyframe and one caption per shot, and a Parquet file that is a `Story`."""
 
-The order of the steps is the paper's: cuts (by our own detector, or one of PySceneDetect's), the middle frame of each
-shot, black borders removed, centre crop 2:1, resize to a fixed short side, captions that name characters by tags.
-"""
-
-from cinema.curation.annotate import (
-    Annotator,
-    Caption,
-    Desk,
-    GroundTruthAnnotator,
-    LocalAnnotator,
-    NoAnnotator,
-    VisionAnnotator,
-)
+from cinema.curation.annotate import Annotator, Desk, GroundTruthAnnotator, LocalAnnotator, NoAnnotator, VisionAnnotator
 from cinema.curation.report import write_report
 from cinema.curation.run import CurationReport, FilmReport, curate, curate_film, shown
 from cinema.curation.search import find_films
@@ -20,7 +8,7 @@ from cinema.curation.store import CuratedFilm, CuratedShot, StoppedError, read_f
 
 # fmt: off
 __all__ = [
-    "Annotator", "Caption", "CuratedFilm", "CuratedShot", "CurationReport", "Desk", "FilmReport",
-    "GroundTruthAnnotator", "LocalAnnotator", "NoAnnotator", "StoppedError", "VisionAnnotator", "curate",
-    "curate_film", "find_films", "read_film", "shown", "story_of", "write_report",
+    "Annotator", "CuratedFilm", "CuratedShot", "CurationReport", "Desk", "FilmReport", "GroundTruthAnnotator",
+    "LocalAnnotator", "NoAnnotator", "StoppedError", "VisionAnnotator", "curate", "curate_film", "find_films",
+    "read_film", "shown", "story_of", "write_report",
 ]

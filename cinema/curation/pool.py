@@ -8,20 +8,21 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from types import ModuleType
 from typing import Any
+
+import cv2
 
 from cinema.curation.store import StoppedError
 from cinema.errors import UserError
 
 TRIES = 2  # a crash may have been another's fault: memory taken away, a disk that was gone
-START_S = 600.0  # seconds that a child may need to import what it needs
+CONTEXT: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+CONTEXT.set_forkserver_preload(["cinema.curation.run"])  # imported once, so a child starts in milliseconds
 Ask = Callable[[str, Any], Any]  # (kind, value) -> the parent's answer
 Function = Callable[[Any, Ask], Any]  # (job, ask) -> the job's result
 
@@ -36,19 +37,11 @@ class Died:
 class _Child:
     """A process that does one job; `line` is ready to read when it has something to say, or is dead."""
 
-    def __init__(self, function: Function, job: Any, number: int, tries: int):
-        self.number, self.tries, self.deadline, self.why = number, tries, time.monotonic() + START_S, ""
-        context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-        context.set_forkserver_preload(["cinema.curation.run"])  # imported once, so a child starts in milliseconds
-        self.line, theirs = context.Pipe()
-        self.process = context.Process(target=_main, args=(theirs, function, job), daemon=True)
-        script = sys.modules["__main__"]
-        if b"__main__" not in pickle.dumps((function, job)):  # else it needs what the user's script defines
-            sys.modules["__main__"] = ModuleType("__main__")  # that it does not run again, and start this very run
-        try:
-            self.process.start()
-        finally:
-            sys.modules["__main__"] = script
+    def __init__(self, function: Function, job: Any, number: int, tries: int, limit_s: float):
+        self.number, self.tries, self.deadline, self.why = number, tries, time.monotonic() + limit_s, ""
+        self.line, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_main, args=(theirs, function, job), daemon=True)
+        self.process.start()
         theirs.close()
 
     def end(self, grace_s: float = 0.0) -> str:
@@ -68,27 +61,27 @@ def run_jobs(
     workers: int = 1,
     limit_s: float = 900.0,
     answer: Callable[[int, str, Any], Any] = lambda number, kind, value: True,
-    go_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number of the job, what `function` returned or Died) in the order in which jobs end.
 
     Each job is a call `function(job, ask)` in a child, of which there are `workers` at a time; both must be picklable.
     A child that says nothing for `limit_s` seconds is killed. For every message `answer` is called here, as (number of
-    the job, kind, value), and the child gets what it returns. Once `go_on` says no, no job is begun. Raises
-    StoppedError where a job raised it; all others are killed.
+    the job, kind, value), and the child gets what it returns. Where a job raises StoppedError, no other is begun, and
+    it is raised here when those under way have ended.
     """
     waiting, running = deque((number, 1) for number in range(len(jobs))), dict[Any, _Child]()
+    stopped = None
     try:
-        while (waiting and go_on()) or running:
-            while waiting and len(running) < workers and go_on():
+        while waiting or running:
+            while waiting and len(running) < workers:
                 number, tries = waiting.popleft()
-                child = _Child(function, jobs[number], number, tries)
+                child = _Child(function, jobs[number], number, tries, limit_s)
                 running[child.line] = child
             for child in [running[line] for line in wait(list(running), timeout=0.2)]:
                 try:
                     kind, outcome = child.line.recv()
                     if kind != "done":
-                        child.line.send(kind == "started" or answer(child.number, kind, outcome))
+                        child.line.send(answer(child.number, kind, outcome))
                         child.deadline = time.monotonic() + limit_s
                         continue
                 except (EOFError, OSError):
@@ -96,8 +89,9 @@ def run_jobs(
                 del running[child.line]
                 child.end()
                 if isinstance(outcome, StoppedError):
-                    raise outcome
-                if not isinstance(outcome, Died):
+                    stopped = outcome
+                    waiting.clear()
+                elif not isinstance(outcome, Died):
                     yield child.number, outcome
                 elif child.tries < TRIES:
                     waiting.appendleft((child.number, child.tries + 1))
@@ -107,6 +101,8 @@ def run_jobs(
                 if child.deadline < time.monotonic():
                     child.why = f"its process showed no progress for {limit_s:g} s"
                     child.process.kill()  # which its line will tell
+        if stopped:
+            raise stopped
     finally:
         for child in running.values():
             child.end()
@@ -115,8 +111,7 @@ def run_jobs(
 def _main(line: Connection, function: Function, job: Any) -> None:
     """What a child does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well, and ends us
-    if cv2 := sys.modules.get("cv2"):
-        cv2.setNumThreads(1)  # there is a child for every core
+    cv2.setNumThreads(1)  # there is a child for every core
 
     def ask(kind: str, value: Any) -> Any:
         try:
@@ -125,7 +120,6 @@ def _main(line: Connection, function: Function, job: Any) -> None:
         except (EOFError, OSError):
             os._exit(1)  # the parent was killed
 
-    ask("started", None)
     try:
         outcome = function(job, ask)
     except StoppedError as error:
@@ -136,30 +130,28 @@ def _main(line: Connection, function: Function, job: Any) -> None:
 
 
 def run_on_ray(function: Function, jobs: Sequence[Any], *, limit_s: float, **_: Any) -> Iterator[tuple[int, Any]]:
-    """As `run_jobs`, spread over a Ray cluster, one core per job; its other settings mean nothing here.
+    """As `run_jobs`, spread over a Ray cluster, one core per job, each in a child of its worker.
 
-    Every machine of the cluster must reach the films and the folder of results: a shared disk, or an address such as
-    ``s3://bucket/films``. A job still runs in a child process of its worker. UserError where ray is not installed.
+    Every machine must reach the films and the folder of results: a shared disk, or an address such as
+    ``s3://bucket/films``. Other settings mean nothing here. UserError where ray is not installed.
     """
     try:
         import ray.data
     except ImportError:
         raise UserError("ray is not installed; run `pip install 'cinema[ray]'`, or leave --ray away") from None
-    rows = [{"number": number, "job": pickle.dumps((function, job, limit_s))} for number, job in enumerate(jobs)]
-    if not rows:
-        return
-    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_attend, num_cpus=1).iter_rows():
-        result = pickle.loads(row["result"])
+    items = [pickle.dumps((function, number, job, limit_s)) for number, job in enumerate(jobs)]
+    for row in ray.data.from_items(items, override_num_blocks=len(items)).map(_attend, num_cpus=1).iter_rows():
+        number, result = pickle.loads(row["item"])
         if isinstance(result, StoppedError):
             raise result
-        yield row["number"], result
+        yield number, result
 
 
 def _attend(row: dict[str, Any]) -> dict[str, Any]:
     """Do one job in a child of a Ray worker."""
-    function, job, limit_s = pickle.loads(row["job"])
+    function, number, job, limit_s = pickle.loads(row["item"])
     try:
         ((_, result),) = run_jobs(function, [job], limit_s=limit_s)
     except StoppedError as error:
         result = error
-    return {"number": row["number"], "result": pickle.dumps(result)}
+    return {"item": pickle.dumps((number, result))}

@@ -1,11 +1,11 @@
 """Films and results at addresses such as ``s3://bucket/films``, through fsspec: copied here to be read, sent when done.
 
-What is sent is kept in a folder here as well, so a run that was killed goes on from there. Everything here raises
-StoppedError where a place cannot be reached.
+What is sent is kept here as well, so a killed run goes on from there. All raise StoppedError for what is out of reach.
 """
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -61,21 +61,19 @@ def send(folder: Path, address: str, pattern: str = "[!.]*") -> None:
 @contextmanager
 def fetched(source: str, film: Path, sidecar: str) -> Iterator[None]:
     """Copy a film, and a file of the ending `sidecar` beside it, for the length of a block; UserError without film."""
-    here = [film, film.with_suffix(sidecar)] if sidecar else [film]
     try:
         with reaching(source):
             fs, path = fsspec.url_to_fs(source)
-            there = {place: str(PurePosixPath(path).with_suffix(place.suffix)) for place in here}
-            found = [place for place in here if fs.exists(there[place])]
             film.parent.mkdir(parents=True, exist_ok=True)
-            for place in found:
-                fs.get_file(there[place], str(place))
-        if film not in found:
+            for ending in filter(None, (film.suffix, sidecar)):
+                there = str(PurePosixPath(path).with_suffix(ending))
+                if fs.exists(there):
+                    fs.get_file(there, str(film.with_suffix(ending)))
+        if not film.exists():
             raise UserError(f"{source}: there is no such film; correct the address")
         yield
     finally:
-        for place in here:
-            place.unlink(missing_ok=True)
+        shutil.rmtree(film.parent, ignore_errors=True)
 
 
 def incoming(source: str) -> Path:

