@@ -7,13 +7,12 @@ alone, not on how many processes read that stream.
 """
 
 import hashlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
-from itertools import combinations, count
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -155,8 +154,8 @@ class Window:
     shots: tuple[int, ...]
 
     def shared(self, other: "Window") -> float:
-        """Share of this window's shots that the other one has, too."""
-        return len({*self.shots} & {*other.shots}) / len(self.shots) if self.film == other.film else 0.0
+        """Share of this window's shots that another one of the film has, too."""
+        return len({*self.shots} & {*other.shots}) / len(self.shots)
 
 
 class Windows:
@@ -172,8 +171,7 @@ class Windows:
     ) -> None:
         self.films = [film for film, shots in enumerate(lengths) if shots >= pairs]
         if not self.films:
-            longest = max(lengths, default=0)
-            raise UserError(f"{pairs} pairs, but the longest film has {longest} shots")
+            raise UserError(f"{pairs} pairs, but the longest film has {max(lengths, default=0)} shots")
         self.lengths, self.pairs, self.seed, self.stride, self.max_shared = lengths, pairs, seed, stride, max_shared
         self.last = dict[int, tuple[int, Window]]()  # film -> epoch, and its window: a memo
         self._order = lru_cache(maxsize=4)(self._shuffled)
@@ -228,30 +226,3 @@ def _ahead(shots: int, pairs: int, stride: int) -> list[list[int]]:
     for _ in range(pairs - 1):
         ways.append([sum(ways[-1][at + 1 : at + stride + 1]) for at in range(shots)])
     return ways
-
-
-def most_windows(shots: int, pairs: int, max_shared: float) -> int | None:
-    """A bound on how many windows, with any steps, share so little pairwise; None if this counting gives none.
-
-    If `m` windows use shot e in d(e) of them, then sum C(d(e), 2) counts every shared shot once, so it is at most
-    C(m, 2) times the shots that two may share; and it is smallest when the m * pairs uses are spread evenly.
-    """
-    may = math.floor(max_shared * pairs + 1e-9)
-    if pairs * pairs <= may * shots:
-        return None
-    for m in count(2):
-        often, rest = divmod(m * pairs, shots)
-        least = (shots - rest) * math.comb(often, 2) + rest * math.comb(often + 1, 2)
-        if least > math.comb(m, 2) * may:
-            return m - 1
-    raise AssertionError
-
-
-def pack_windows(shots: int, pairs: int, stride: int, max_shared: float, tries: int = 2_000, seed: int = 0) -> int:
-    """How many windows, pairwise sharing at most `max_shared`, chance finds in so many draws: what training gets."""
-    rng, kept = random.Random(f"{seed}/pack"), list[Window]()
-    for _ in range(tries):
-        window = Window(0, tuple(strided(rng, shots, pairs, stride)))
-        if all(window.shared(other) <= max_shared for other in kept):
-            kept.append(window)
-    return len(kept)
