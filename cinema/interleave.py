@@ -8,13 +8,12 @@ alone, not on how many processes read that stream.
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from PIL import Image, ImageOps
 
@@ -25,31 +24,6 @@ from cinema.toyworld.world import Movie, sample_movie
 
 TRIES = 20  # draws of a window before one is taken that shares too much: a film may have no other
 ROOM = 4096  # films whose last window is remembered
-
-
-@runtime_checkable
-class Films(Protocol):
-    """Films to train on."""
-
-    @property
-    def name(self) -> str:
-        """Differs where the films do."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Shots of every film."""
-
-    def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
-        """The shots told as a film of their own; unless `described`, looks are not told."""
-
-    def variants(self, film: int) -> list[str]:
-        """Every caption that `captions` may give."""
-
-    def looks(self, film: int) -> Mapping[str, str]:
-        """What captions say of a character's look, by tag, as far as it is known."""
-
-    def frames(self, film: int, height: int) -> list[Image.Image]:
-        """The keyframes of all shots, twice as wide as high."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +37,12 @@ class ToyFilms:
 
     @property
     def name(self) -> str:
-        """As in `Films`."""
+        """Differs where the films do."""
         return f"{self.kind}-{self.seed}-{self.shots}"
 
     @property
     def lengths(self) -> Sequence[int]:
-        """As in `Films`."""
+        """Shots of every film."""
         return [self.shots] * self.films
 
     def movie(self, film: int) -> Movie:
@@ -76,12 +50,12 @@ class ToyFilms:
         return _movie(f"{self.kind}/{self.seed}/{film}", self.shots)
 
     def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
-        """As in `Films`; a look is told where its character appears first among these shots."""
+        """The shots told as a film of their own: looks at the first appearance among them, unless not `described`."""
         movie = self.movie(film)
         return replace(movie, shots=[movie.shots[i] for i in shots]).captions(() if described else movie.cast)
 
     def variants(self, film: int) -> list[str]:
-        """As in `Films`: every shot with each of its characters described or not."""
+        """Every caption that `captions` may give: every shot with each of its characters described or not."""
         movie = self.movie(film)
         lines = list[str]()
         for shot in movie.shots:
@@ -91,11 +65,11 @@ class ToyFilms:
         return lines
 
     def looks(self, film: int) -> Mapping[str, str]:
-        """As in `Films`."""
+        """What captions say of a character's look, by tag."""
         return {tag: str(look) for tag, look in self.movie(film).cast.items()}
 
     def frames(self, film: int, height: int) -> list[Image.Image]:
-        """As in `Films`."""
+        """The keyframes of all shots, twice as wide as high."""
         movie = self.movie(film)
         return [render(movie, shot, height) for shot in movie.shots]
 
@@ -110,40 +84,42 @@ class CuratedFilms:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.paths, self.lengths, digests = list[Path](), list[int](), list[str]()
+        self.paths, self.lines, digests = list[Path](), list[list[str]](), list[str]()
         for path in sorted(folder.glob("*.parquet")):
             done = read_done(path.with_suffix(".done.json"))
-            if done and (shots := self._kept(read_film(path, images=False).shots)):
+            if done and (lines := [shot.caption for shot in self._kept(read_film(path, images=False).shots)]):
                 self.paths.append(path)
-                self.lengths.append(len(shots))
-                digests.append(repr([path.stem, done, [shot.caption for shot in shots]]))
+                self.lines.append(lines)
+                digests.append(repr([path.stem, done, lines]))
         if not self.paths:
             rule = "curate films with an annotator first, `cinema curate FILM --annotator vision -o DIR`"
             raise UserError(f"{folder}: no curated film with captions is there; {rule}")
+        self.lengths = [*map(len, self.lines)]
         self.name = f"{folder.name}-{hashlib.blake2b(repr(digests).encode(), digest_size=6).hexdigest()}"
 
     @staticmethod
-    def _kept(shots: Sequence[CuratedShot]) -> list[CuratedShot]:
+    def _kept(shots: Iterable[CuratedShot]) -> list[CuratedShot]:
         return [s for s in shots if s.kept and s.caption and s.keyframe_s is not None]
 
     def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
-        """As in `Films`; they are as they are."""
-        lines = self.variants(film)
-        return [lines[i] for i in shots]
+        """As they are, whatever the window."""
+        return [self.lines[film][i] for i in shots]
 
-    @lru_cache(maxsize=ROOM)  # noqa: B019  # lives as long as the run
     def variants(self, film: int) -> list[str]:
-        """As in `Films`, in the order of the shots."""
-        return [shot.caption for shot in self._kept(read_film(self.paths[film], images=False).shots)]
+        """The caption of every shot."""
+        return self.lines[film]
 
     def looks(self, film: int) -> Mapping[str, str]:
         """None: nobody knows them word by word."""
         return {}
 
     def frames(self, film: int, height: int) -> list[Image.Image]:
-        """As in `Films`."""
-        pictures = (Image.open(BytesIO(s.image or b"")) for s in self._kept(list(read_rows(self.paths[film]))))
+        """As in `ToyFilms`."""
+        pictures = (Image.open(BytesIO(s.image or b"")) for s in self._kept(read_rows(self.paths[film])))
         return [ImageOps.fit(picture.convert("RGB"), (2 * height, height)) for picture in pictures]
+
+
+Films = ToyFilms | CuratedFilms
 
 
 @dataclass(frozen=True)
