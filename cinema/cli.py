@@ -254,7 +254,7 @@ def bench_retrieval(
     json: Json = None,
 ) -> None:
     """Compare who retrieves the frames that matter, on flashbacks of the toy world; measure the time of a search."""
-    _show(_watch("cinema.bench_retrieval:bench_retrieval", preset, stories, seed, frames), json)
+    _show(_watch("cinema.bench_planner:bench_retrieval", preset, stories, seed, frames), json)
 
 
 @bench.command("ablate")
@@ -311,7 +311,7 @@ def bench_train(
 ) -> None:
     """Measure steps of training as they are done: time, pairs a second, share of the machine's peak."""
     told = preset, pairs, width, double, single, steps, batch, lora, recompute
-    _show(_watch("cinema.bench_train:bench_train", *told), json)
+    _show(_watch("cinema.bench_planner:bench_train", *told), json)
 
 
 @app.command()

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from cinema.cli import main
 from cinema.config import WEIGHTS
 from cinema.errors import UserError
 from cinema.retrieval import (
-    RETRIEVALS,
     ClipRetriever,
     Index,
     Moment,
@@ -161,14 +158,3 @@ def test_flashbacks_return_to_an_early_scene() -> None:
         assert not casts[0] & casts[1] and not casts[3] & casts[2]
         assert casts[3] | casts[returned] == casts[returned] or len(casts[3] | casts[returned]) <= 2
         assert movie.story().shots[0].caption == sample_flashback(seed).story().shots[0].caption
-
-
-def test_the_benches_print_and_save_their_figures(tmp_path: Path, capsys) -> None:
-    file = tmp_path / "f.json"
-    assert main(["bench", "retrieval", "--stories", "2", "--frames", "500", "--json", str(file)]) == 0
-    told = json.loads(file.read_text())
-    assert list(told["coverage"]) == list(RETRIEVALS) and told["search"]["frames"] == 500
-    for by_depth in told["coverage"].values():
-        means = [by_depth[k]["mean"] for k in ("1", "2", "4", "8", "16")]
-        assert means == sorted(means) and means[0] >= 0 and means[-1] <= 1
-    assert "coverage" in capsys.readouterr().out
