@@ -28,14 +28,13 @@ from cinema.curation.film import Timeline, probe
 from cinema.curation.frames import find_borders
 from cinema.curation.scan import scan_film
 from cinema.curation.search import SUFFIXES
-from cinema.curation.shots import DETECTOR, DETECTORS, cut_film, unknown_detector
+from cinema.curation.shots import DETECTOR, DETECTORS, cut_film
 from cinema.errors import UserError
 from cinema.progress import Progress, quiet
 from cinema.toyworld.film import BLACK, OVERLAP, write_film
 from cinema.toyworld.world import sample_movie
 
 CODECS = {"libx264": ".mp4", "mpeg4": ".avi", "libvpx-vp9": ".webm"}
-TRUTHS = (".cuts.csv", ".json")  # endings of what lies beside a film; the first counts
 KEYFRAME = 400  # height of keyframes where speed is measured, the paper's
 
 
@@ -74,7 +73,7 @@ def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
 
     Raises UserError where what lies beside the film is not readable.
     """
-    table, source = (film.with_suffix(ending) for ending in TRUTHS)
+    table, source = film.with_suffix(".cuts.csv"), film.with_suffix(".json")
     try:
         toy = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
         bars = toy.get("bars")
@@ -206,21 +205,13 @@ def measure(film: Path) -> dict[str, Any]:
     return costs | {"share of the speed of decoding": seconds["decode"] / seconds["scan"]} | ratios
 
 
-def bench_curate(
-    folder: Path | None, detectors: Sequence[str] = (), toy: int = 6, on_progress: Progress = quiet
-) -> dict[str, Any]:
-    """Compare detectors (all if empty) on a folder's films with truth beside them, and measure speed on its largest.
+def bench_curate(folder: Path | None, toy: int = 6, on_progress: Progress = quiet) -> dict[str, Any]:
+    """Compare all detectors on a folder's films with truth beside them, and measure speed on its largest film.
 
-    Without a folder, `toy` films of the toy world are written, and forgotten afterwards. Raises UserError for an
-    unknown detector, or without a readable film with truth.
+    Without a folder, `toy` films of the toy world are written, and forgotten afterwards. Raises UserError as `compare`.
     """
-    if unknown := [name for name in detectors if name not in DETECTORS]:
-        raise unknown_detector(unknown[0])
-    if folder and not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
     with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
         written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
-        media = (p for p in sorted(written) if p.is_file() and p.suffix.lower() in SUFFIXES)
-        films = [p for p in media if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
-        figures = compare(films, detectors or DETECTORS, on_progress)
+        films = [path for path in sorted(written) if path.suffix.lower() in SUFFIXES]
+        figures = compare(films, DETECTORS, on_progress)
         return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

@@ -237,12 +237,11 @@ def budget(
 @bench.command("curate")
 def bench_curate(
     folder: Annotated[Path | None, typer.Argument(help="Films with NAME.cuts.csv beside them; else toy films.")] = None,
-    detector: Annotated[list[str] | None, typer.Option(help="Compare this one; all if not given.")] = None,
     toy: Annotated[int, typer.Option(help="How many toy films, without a folder.", min=1)] = 6,
     json: Json = None,
 ) -> None:
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
-    _show(_watch("cinema.bench:bench_curate", folder, detector or (), toy), json)
+    _show(_watch("cinema.bench:bench_curate", folder, toy), json)
 
 
 @bench.command("retrieval")
