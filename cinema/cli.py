@@ -236,12 +236,13 @@ def budget(
 
 @bench.command("curate")
 def bench_curate(
-    folder: Annotated[Path | None, typer.Argument(help="Films with NAME.cuts.csv beside them; else toy films.")] = None,
-    toy: Annotated[int, typer.Option(help="How many toy films, without a folder.", min=1)] = 6,
+    folder: Annotated[
+        Path, typer.Argument(help="Films with NAME.cuts.csv, or the toy world's NAME.json, beside them.")
+    ],
     json: Json = None,
 ) -> None:
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
-    _show(_watch("cinema.bench:bench_curate", folder, toy), json)
+    _show(_watch("cinema.bench:bench_curate", folder), json)
 
 
 @bench.command("retrieval")
