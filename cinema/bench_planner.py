@@ -35,6 +35,8 @@ from cinema.training.loop import batches_of, one_step, start_run
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Shape = tuple[int, int, int]  # of a random transformer: its width, its double-stream and its single-stream blocks
+SHAPE = (768, 4, 8)
 HEAD = 64  # width of a head
 TURNS = 3  # timed runs of each form, interleaved
 WARM = 2  # steps of training before the clock starts
@@ -85,20 +87,15 @@ def time_search(frames: int, width: int = 512) -> dict[str, Any]:
 
 
 def bench_planner(
-    settings: KeyframeSettings,
-    pairs: Sequence[int] = (8, 32, 48),
-    width: int = 768,
-    double: int = 4,
-    single: int = 8,
-    on_progress: Progress = quiet,
+    settings: KeyframeSettings, pairs: Sequence[int] = (8, 32, 48), shape: Shape = SHAPE, on_progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Seconds to denoise keyframe number `pairs` of a film, by a random transformer of this width and depth.
+    """Seconds to denoise keyframe number `pairs` of a film, by a random transformer of this `shape`.
 
     `naive` has all earlier keyframes whole, and runs all of them in every step; `planned` has what GoldenMem's layout
     keeps, runs it once, and then the newest pair against the cache. Steps, shapes and the memory are the settings'.
     Also returns their ratios, and what the last of `pairs` costs compared with the first.
     """
-    model = random_flux(width, double, single)
+    model = random_flux(shape)
     seconds: dict[str, dict[str, float]] = {"naive": {}, "planned": {}}
     _draw(model, settings, 2, naive=False)  # warms up
     for i, (count, name) in enumerate(product(pairs, seconds)):
@@ -128,12 +125,7 @@ def _draw(model: InterleavedFluxTransformer, settings: KeyframeSettings, pairs: 
 
 
 def bench_training(
-    settings: KeyframeSettings,
-    pairs: Sequence[int] = (8, 16, 32),
-    width: int = 768,
-    double: int = 4,
-    single: int = 8,
-    on_progress: Progress = quiet,
+    settings: KeyframeSettings, pairs: Sequence[int] = (8, 16, 32), shape: Shape = SHAPE, on_progress: Progress = quiet
 ) -> dict[str, Any]:
     """Seconds and peak bytes of a forward and backward pass over windows of so many pairs, in three forms.
 
@@ -142,7 +134,7 @@ def bench_training(
     Peaks are what the allocator gives out above the weights and their gradients. Returns them by pairs and
     form, with `mask`'s time over each and its rate in TFLOP/s.
     """
-    model = random_flux(width, double, single).train()
+    model = random_flux(shape).train()
     rows: dict[str, Any] = {}
     for i, count in enumerate(pairs):
         on_progress(i, len(pairs), f"{count} pairs")
@@ -180,9 +172,7 @@ def _rows(model: InterleavedFluxTransformer, settings: KeyframeSettings, count: 
 def bench_train(
     preset: Preset,
     pairs: Sequence[int] = (8,),
-    width: int = 768,
-    double: int = 4,
-    single: int = 8,
+    shape: Shape = SHAPE,
     steps: int = 5,
     batch: int = 1,
     lora: int | None = None,
@@ -197,14 +187,15 @@ def bench_train(
     """
     rows, a = dict[str, Any](), torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16)
     peak = 2 * SQUARE**3 / min(seconds_of(lambda: a @ a) for _ in range(5)) / 1e12
-    shape = {"double": double, "single": single, "heads": width // HEAD, "head_dim": HEAD}
+    width, double, single = shape
+    told = {"double": double, "single": single, "heads": width // HEAD, "head_dim": HEAD}
     parts: dict[str, Any] = {part: Path(TOY.keyframes.weights) / where for part, where in PARTS.items()}
     with TemporaryDirectory() as spare:
         for i, count in enumerate(pairs):
             on_progress(i, len(pairs), f"{count} pairs")
             stage = {"steps": WARM + steps, "batch": batch, "pairs": count, "group": _group(preset.keyframes, count)}
             task = KeyframeTask(
-                0, None, **parts, cache=Path(spare), movies=FILMS, shots=max(pairs), preset=preset.name, shape=shape,
+                0, None, **parts, cache=Path(spare), movies=FILMS, shots=max(pairs), preset=preset.name, shape=told,
                 lora=lora, recompute=recompute,
             )  # fmt: skip
             config = TrainConfig.model_validate({"task": "keyframes", "stages": [stage], "muon_lr": None})
@@ -298,8 +289,9 @@ def most_allocated(run: Callable[[], object], device: torch.device) -> int:
     return int(given.max(initial=0))
 
 
-def random_flux(width: int, double: int, single: int) -> InterleavedFluxTransformer:
+def random_flux(shape: Shape) -> InterleavedFluxTransformer:
     """A random transformer in bfloat16, on a GPU if there is one; its width is a multiple of the heads'."""
+    width, double, single = shape
     torch.manual_seed(0)
     model = small_flux(double, single, width // HEAD, HEAD, width).bfloat16().eval()
     torch.nn.Module.to(model, DEVICE)

@@ -236,9 +236,7 @@ def budget(
 
 @bench.command("curate")
 def bench_curate(
-    folder: Annotated[
-        Path, typer.Argument(help="Films with NAME.cuts.csv, or the toy world's NAME.json, beside them.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Films with NAME.cuts.csv or the toy world's NAME.json beside them.")],
     json: Json = None,
 ) -> None:
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
@@ -285,7 +283,7 @@ def _bench_model(name: str, numbers: str, text: str) -> None:
         preset: Preset = None,
         json: Json = None,
     ) -> None:
-        _show(_watch(f"cinema.bench_planner:bench_{name}", preset.keyframes, pairs, width, double, single), json)
+        _show(_watch(f"cinema.bench_planner:bench_{name}", preset.keyframes, pairs, (width, double, single)), json)
 
 
 _bench_model(
@@ -310,7 +308,7 @@ def bench_train(
     json: Json = None,
 ) -> None:
     """Measure steps of training as they are done: time, pairs a second, share of the machine's peak."""
-    told = preset, pairs, width, double, single, steps, batch, lora, recompute
+    told = preset, pairs, (width, double, single), steps, batch, lora, recompute
     _show(_watch("cinema.bench_planner:bench_train", *told), json)
 
 

@@ -73,11 +73,11 @@ def test_what_is_timed_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_pairs_are_refused() -> None:
     for measure in (bench_planner, bench_training):
         with pytest.raises(ValueError, match="at least one pair, not 0"):
-            measure(SMALL, (0,), 64, 1, 1)
+            measure(SMALL, (0,), (64, 1, 1))
 
 
 def test_three_forms_are_timed_and_their_peaks_told() -> None:
-    told = bench_training(SMALL, (1, 6), 64, 1, 1)
+    told = bench_training(SMALL, (1, 6), (64, 1, 1))
     forms = ("mask", "fold", "goldenmem")
     assert list(told["forms"]) == [f"{n} pairs, {form}" for n in (1, 6) for form in forms] and told["mask"] == "causal"
     mask, fold, golden = (told["forms"][f"6 pairs, {form}"] for form in forms)
@@ -94,7 +94,7 @@ def test_the_command_prints_ratios(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_dense_form_computes_what_the_folds_compute() -> None:
-    model = random_flux(64, 1, 2).float()
+    model = random_flux((64, 1, 2)).float()
     for parameter in model.parameters():  # modulations and the output begin at zero
         torch.nn.init.normal_(parameter, std=0.1)
     groups = random_pairs(model, Layout(3, 4, 2, 2), 5)
@@ -133,5 +133,5 @@ def test_rates_follow_from_seconds_and_the_budget(tmp_path: Path) -> None:
 
 
 def test_adapters_are_measured_as_adapters() -> None:
-    told = bench_train(TOY, [2], width=64, double=1, single=1, steps=1, lora=2, recompute=True)
+    told = bench_train(TOY, [2], shape=(64, 1, 1), steps=1, lora=2, recompute=True)
     assert told["lora"] == 2 and told["rows"]["2 pairs"]["seconds"] > 0
