@@ -95,14 +95,12 @@ def ablate(
 ) -> dict[str, Any]:
     """Every row of an ablation, over so many films of each seed.
 
-    Rows that differ in training start from the preset's weights, or from nothing, and train for `tune` steps, once for
-    each seed.
-    Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `psnr`, nearness to the toy
-    world's own picture in dB; of both the 95 % interval over films (`ci95`), that of what they are above the first
-    row's (`gain ci95`) and the values by seed; the `sides` of the levels in patches, and image `tokens` remembered.
-    With a folder `out` what is done is kept there and not done again, and for every row and seed a picture: what some
-    films show after the return, and below it what was planned. UserError if there is no such ablation, or the
-    weights cannot be loaded.
+    Rows that differ in training train for `tune` steps, once for each seed. Returns, by row: `identity`, the share of
+    appearances with colour, shape and hat right; `psnr`, nearness to the toy world's own picture in dB; of both the
+    95 % interval over films (`ci95`), that of what they are above the first row's (`gain ci95`) and the values by seed;
+    the `sides` of the levels in patches, and image `tokens` remembered. With a folder `out` what is done is kept there
+    and not done again, and for every row and seed a picture: what some films show after the return, and below it what
+    was planned. UserError if there is no such ablation.
     """
     if name not in ABLATIONS:
         raise UserError(f"there is no ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
@@ -140,7 +138,7 @@ def learn_ratio(preset: Preset, films: int = 24, seed: int = 0) -> tuple[float, 
     """Ratios, one for each step, whose levels leave the smallest error of the next keyframe's velocity.
 
     All levels are tried that cost no more than those of ratio 1.5, on training films that come back to a scene; a level
-    may be as large as the one before it. Errors are of what is drawn first after the return, at sigma 0.85.
+    may be as large as the one before it.
     """
     side, count = preset.keyframes.height // PATCH, preset.keyframes.memory_levels
     room = sum(map(tokens, levels(side, count, BUDGET)))

@@ -49,9 +49,8 @@ def bench_retrieval(
 ) -> dict[str, Any]:
     """Coverage of the frames that matter, by who retrieves, over flashbacks of the toy world; and the time of a search.
 
-    Asked for are all shots after the return of every story, at the depths of `retrieval.DEPTHS`; the frames are as the
-    toy world draws them. Returns `coverage` (name -> k -> mean over stories and its 95 % interval) and `search`, of one
-    query among so many random `frames` of width 512.
+    Asked for are all shots after the return of every story. Returns `coverage` (name -> k -> mean over stories and its
+    95 % interval) and `search`, of one query among so many random `frames` of width 512.
     """
     text, settings = KeyframePlanner.from_preset(preset).text, preset.keyframes
     found: dict[str, list[Any]] = {name: [] for name in RETRIEVALS}

@@ -155,8 +155,7 @@ def peak_bytes(config: Mapping[str, Any], sides: Sequence[int], text: int, work:
 def table(settings: KeyframeSettings, pairs: Sequence[int], work: Work = Work()) -> list[Budget]:
     """A row for every number of `pairs`, with the levels, grouping, ratio and weights of these settings.
 
-    Pairs beyond the last level have left the memory. UserError for less than one pair, levels that do not fit, or
-    weights whose configuration is not here.
+    Pairs beyond the last level have left the memory. UserError for what fits no layout, or weights that are not here.
     """
     config, side, text = transformer_config(settings.weights), settings.height // PATCH, settings.text_tokens
     levels, rows = (settings.memory_levels, settings.memory_group, settings.memory_ratio), list[Budget]()

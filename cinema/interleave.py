@@ -1,9 +1,8 @@
 """Interleaved data: windows of keyframe-text pairs out of films, with strides that change from epoch to epoch.
 
-A window is some shots of one film, in the order of time. Neighbouring shots look alike, and a film has few windows of
-neighbours; with a stride of its own at every step it has very many, and each shows other distances in time (dynamic
-stride sampling, paper, section 3.2). What a window is depends on the seed and its position in the stream of all windows
-alone, not on how many processes read that stream.
+A film has few windows of neighbouring shots; with a stride of its own at every step it has very many, and each shows
+other distances in time (dynamic stride sampling, paper, section 3.2). What a window is depends on the seed and its
+position in the stream of all windows alone, not on how many processes read that stream.
 """
 
 import hashlib
