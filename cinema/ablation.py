@@ -35,6 +35,7 @@ from cinema.training.config import Stage, TrainConfig
 from cinema.training.keyframes import PARTS
 from cinema.training.loop import run_training
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PICTURES = 6  # films of which a row's picture has the first shot after the return
 SHOTS = 5  # of a scene; there are three, and the return
 SIGMA = 0.85  # noise at which the error of a ratio is measured: where looks are decided
@@ -46,6 +47,7 @@ FRESH = "fresh"  # of these: weights from nothing, not the preset's
 FEW = 40  # movies that a model overfits to
 SINGLE, FOUR = {"batch": 24, "pairs": 1}, {"batch": 8, "pairs": 4}
 EIGHT, LONG = {"batch": 4, "pairs": 8, "group": 4}, {"batch": 4, "pairs": 12, "group": 4}
+FIGURES = ("identity", "psnr")
 UNTOLD = "untold"  # of a row: captions tell no looks, as if they had been told before the film began
 
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -93,14 +95,12 @@ def ablate(
 ) -> dict[str, Any]:
     """Every row of an ablation, over so many films of each seed.
 
-    Rows that differ in training start from the preset's weights, or from nothing, and train for `tune` steps, once for
-    each seed.
-    Returns, by row: `identity`, the share of appearances with colour, shape and hat right; `psnr`, nearness to the toy
-    world's own picture in dB; of both the 95 % interval over films (`ci95`), that of what they are above the first
-    row's (`gain ci95`) and the values by seed; the `sides` of the levels in patches, and image `tokens` remembered.
-    With a folder `out` what is done is kept there and not done again, and for every row and seed a picture: what some
-    films show after the return, and below it what was planned. UserError if there is no such ablation, or the
-    weights cannot be loaded.
+    Rows that differ in training train for `tune` steps, once for each seed. Returns, by row: `identity`, the share of
+    appearances with colour, shape and hat right; `psnr`, nearness to the toy world's own picture in dB; of both the
+    95 % interval over films (`ci95`), that of what they are above the first row's (`gain ci95`) and the values by seed;
+    the `sides` of the levels in patches, and image `tokens` remembered. With a folder `out` what is done is kept there
+    and not done again, and for every row and seed a picture: what some films show after the return, and below it what
+    was planned. UserError if there is no such ablation.
     """
     if name not in ABLATIONS:
         raise UserError(f"there is no ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
@@ -119,17 +119,18 @@ def ablate(
                 chosen = preset.remembering(weights=_tuned(preset, trained, tune, seed, folder, tell))
             path, shots = folder / f"{name}-{label}-{seed}.json", SHOTS if name in SCENES else 1
             parts[label].append(_kept(path, chosen, changes, stories, seed, shots, tell))
-    table: dict[str, dict[str, Any]] = {label: {} for label in parts}
-    for figure in ("identity", "psnr"):
-        first: Rows = []
-        for label, row in table.items():
-            by_seed = [part[figure] for part in parts[label]]
-            films = [film for part in by_seed for film in part]
-            first = first or films
-            row[figure] = {"mean": share(films), "ci95": bootstrap(films), "gain ci95": bootstrap(films, first)}
-            row[figure]["by seed"] = [share(part) for part in by_seed]
-            row |= {fact: parts[label][0][fact] for fact in ("sides", "tokens")}
+    table, first = dict[str, Any](), next(iter(parts.values()))
+    for label, own in parts.items():
+        table[label] = {fact: own[0][fact] for fact in ("sides", "tokens")}
+        table[label] |= {figure: _compare(*([part[figure] for part in x] for x in (own, first))) for figure in FIGURES}
     return {"ablation": name, "preset": preset.name, "stories": stories, "seeds": [*seeds], "rows": table}
+
+
+def _compare(by_seed: Sequence[Rows], first: Sequence[Rows]) -> dict[str, Any]:
+    """A figure of a row of a table, given for the films of each seed, and how much it is above the first row's."""
+    films, others = ([film for part in x for film in part] for x in (by_seed, first))
+    told = {"mean": share(films), "ci95": bootstrap(films), "gain ci95": bootstrap(films, others)}
+    return told | {"by seed": [share(part) for part in by_seed]}
 
 
 @cache
@@ -137,7 +138,7 @@ def learn_ratio(preset: Preset, films: int = 24, seed: int = 0) -> tuple[float, 
     """Ratios, one for each step, whose levels leave the smallest error of the next keyframe's velocity.
 
     All levels are tried that cost no more than those of ratio 1.5, on training films that come back to a scene; a level
-    may be as large as the one before it. Errors are of what is drawn first after the return, at sigma 0.85.
+    may be as large as the one before it.
     """
     side, count = preset.keyframes.height // PATCH, preset.keyframes.memory_levels
     room = sum(map(tokens, levels(side, count, BUDGET)))
@@ -197,7 +198,11 @@ def _judge(
 ) -> dict[str, Any]:
     """Per film, of so many shots after the return: whether each who comes back is as before, and nearness in dB."""
     chosen = _changed(preset, {name: value for name, value in changes.items() if name != UNTOLD})
-    planner, told, shown = _planner(chosen), dict[str, Any](identity=[], psnr=[]), list[list[Image.Image]]([[], []])
+    planner, told, shown = (
+        KeyframePlanner.from_preset(chosen, DEVICE),
+        dict[str, Any](identity=[], psnr=[]),
+        list[list[Image.Image]]([[], []]),
+    )
     for i in range(stories):
         movie, known = _return(f"heldout/{seed}/{i}", shots, chosen.keyframes)
         story, captions = movie.story(movie.cast if UNTOLD in changes else ()), movie.captions()
@@ -220,7 +225,7 @@ def _judge(
 @torch.no_grad()
 def _error(preset: Preset, films: int, seed: int) -> float:
     """Mean squared error of the velocity, of the first keyframe after the return, remembering the newest."""
-    planner, settings, total = _planner(preset), preset.keyframes, 0.0
+    planner, settings, total = KeyframePlanner.from_preset(preset, DEVICE), preset.keyframes, 0.0
     for i in range(films):
         movie, known = _return(f"train/{seed}/{i}", 1, settings)
         captions = rename(movie.story(), planner.tags)
@@ -232,10 +237,6 @@ def _error(preset: Preset, films: int, seed: int) -> float:
         field = planner.velocity_field(captions[-1:], memory, layout, generator)
         total += (field(torch.lerp(data, noise, SIGMA), SIGMA) - velocity(data, noise)).square().mean().item()
     return total / films
-
-
-def _planner(preset: Preset) -> KeyframePlanner:
-    return KeyframePlanner.from_preset(preset, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _return(seed: str, shots: int, settings: KeyframeSettings) -> tuple[Movie, dict[int, Image.Image]]:

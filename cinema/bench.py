@@ -5,7 +5,6 @@ within another's `start` to `end` does not count; whether a fade or dissolve the
 
 import csv
 import json
-import random
 import resource
 import sys
 import tempfile
@@ -27,14 +26,11 @@ from scenedetect.output import save_images
 from cinema.curation.film import Timeline, probe
 from cinema.curation.frames import find_borders, scan_film
 from cinema.curation.search import SUFFIXES
-from cinema.curation.shots import DETECTOR, DETECTORS, cut_film, unknown_detector
+from cinema.curation.shots import DETECTOR, DETECTORS, cut_film
 from cinema.errors import UserError
 from cinema.progress import Progress, quiet
-from cinema.toyworld.film import BLACK, OVERLAP, write_film
-from cinema.toyworld.world import sample_movie
+from cinema.toyworld.film import BLACK, OVERLAP
 
-CODECS = {"libx264": ".mp4", "mpeg4": ".avi", "libvpx-vp9": ".webm"}
-TRUTHS = (".cuts.csv", ".json")  # endings of what lies beside a film; the first counts
 KEYFRAME = 400  # height of keyframes where speed is measured, the paper's
 
 
@@ -73,7 +69,7 @@ def read_truth(film: Path) -> tuple[list[Event], list[int]] | None:
 
     Raises UserError where what lies beside the film is not readable.
     """
-    table, source = (film.with_suffix(ending) for ending in TRUTHS)
+    table, source = film.with_suffix(".cuts.csv"), film.with_suffix(".json")
     try:
         toy = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
         bars = toy.get("bars")
@@ -129,44 +125,6 @@ def compare(films: Sequence[Path], detectors: Iterable[str], on_progress: Progre
     return {"films": len(known)} | borders | figures
 
 
-def write_trials(count: int, seed: int, out: Path, on_progress: Progress = quiet, shots: int = 8) -> list[Path]:
-    """Write toy films with all transitions, titles, letterbox, grain, three codecs and rate factors 18 to 32."""
-    films = []
-    for i in range(count):
-        rng = random.Random(f"trial/{seed}/{i}")
-        movie, (codec, ending) = sample_movie(f"trial/{seed}/{i}", shots), list(CODECS.items())[i % len(CODECS)]
-        clean, path = out / f"trial-{seed}-{i:03d}-clean.mp4", out / f"trial-{seed}-{i:03d}{ending}"
-        truth = write_film(movie, clean, crf=4, transitions=True, titles=True, letterbox=rng.choice((0, 12, 16, 22)))
-        _roughen(clean, path, codec, rng.choice((0, 3, 6)), rng.randint(18, 32))
-        truth.rename(path.with_suffix(".json"))
-        clean.unlink()
-        films.append(path)
-        on_progress(i + 1, count, path.name)
-    return films
-
-
-def _roughen(film: Path, path: Path, codec: str, grain: int, crf: int) -> None:
-    """Encode a film again, with grain of this standard deviation (of 255) on the luma of its picture area."""
-    rng, options = np.random.default_rng(0), {"crf": str(crf)}
-    if codec == "mpeg4":
-        options = {"qmin": str(crf // 5), "qmax": str(crf // 5)}
-    elif codec == "libvpx-vp9":
-        options |= {"deadline": "realtime", "cpu-used": "8"}
-    with av.open(str(film)) as source, av.open(str(path), "w") as target:
-        old: Any = source.streams.video[0]
-        stream: Any = target.add_stream(codec, rate=old.average_rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = old.width, old.height, "yuv420p"
-        for number, frame in enumerate(source.decode(old)):
-            planes = frame.to_ndarray()
-            luma = planes[: old.height]
-            noise = grain * rng.standard_normal(luma.shape) * (luma > 20)
-            luma[:] = np.clip(luma + noise, 16, 235).round()
-            again = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-            again.pts, again.time_base = number, 1 / old.average_rate
-            target.mux(stream.encode(again))
-        target.mux(stream.encode(None))
-
-
 def _decode(film: Path) -> None:
     with av.open(str(film)) as container:
         container.streams.video[0].thread_count = 1
@@ -205,21 +163,11 @@ def measure(film: Path) -> dict[str, Any]:
     return costs | {"share of the speed of decoding": seconds["decode"] / seconds["scan"]} | ratios
 
 
-def bench_curate(
-    folder: Path | None, detectors: Sequence[str] = (), toy: int = 6, on_progress: Progress = quiet
-) -> dict[str, Any]:
-    """Compare detectors (all if empty) on a folder's films with truth beside them, and measure speed on its largest.
+def bench_curate(folder: Path, on_progress: Progress = quiet) -> dict[str, Any]:
+    """Compare all detectors on a folder's films with truth beside them, and measure speed on its largest film.
 
-    Without a folder, `toy` films of the toy world are written, and forgotten afterwards. Raises UserError for an
-    unknown detector, or without a readable film with truth.
+    Raises UserError as `compare`.
     """
-    if unknown := [name for name in detectors if name not in DETECTORS]:
-        raise unknown_detector(unknown[0])
-    if folder and not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give one with films and their NAME.cuts.csv")
-    with tempfile.TemporaryDirectory(prefix="cinema-bench-") as scratch:
-        written = write_trials(toy, 0, Path(scratch), on_progress) if folder is None else folder.iterdir()
-        media = (p for p in sorted(written) if p.is_file() and p.suffix.lower() in SUFFIXES)
-        films = [p for p in media if any(p.with_suffix(ending).is_file() for ending in TRUTHS)]
-        figures = compare(films, detectors or DETECTORS, on_progress)
-        return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}
+    films = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    figures = compare(films, DETECTORS, on_progress)
+    return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

@@ -155,19 +155,15 @@ def peak_bytes(config: Mapping[str, Any], sides: Sequence[int], text: int, work:
 def table(settings: KeyframeSettings, pairs: Sequence[int], work: Work = Work()) -> list[Budget]:
     """A row for every number of `pairs`, with the levels, grouping, ratio and weights of these settings.
 
-    Pairs beyond the last level have left the memory. UserError for less than one pair, levels that do not fit, or
-    weights whose configuration is not here.
+    Pairs beyond the last level have left the memory. UserError for what fits no layout, or weights that are not here.
     """
     config, side, text = transformer_config(settings.weights), settings.height // PATCH, settings.text_tokens
-    if min(pairs, default=0) < 1:
-        raise UserError(f"pairs are {', '.join(map(str, pairs)) or 'not given'}; each must be at least 1")
-    rows, room = [], settings.memory_levels * settings.memory_group
+    levels, rows = (settings.memory_levels, settings.memory_group, settings.memory_ratio), list[Budget]()
     for count in pairs:
         try:
-            levels = settings.memory_levels, settings.memory_group, settings.memory_ratio
-            gold = Layout(min(count, room), side, *levels).sides
+            gold = Layout(min(count, settings.memory_levels * settings.memory_group), side, *levels).sides
         except ValueError as error:
-            raise UserError(f"{error}; change levels, group or ratio") from None
+            raise UserError(f"{error}; change pairs, levels, group or ratio") from None
         naive = (side,) * count
         (n, before), (m, after) = ((_tokens(s, text), flops(config, s, text, work)) for s in (naive, gold))
         rows.append(Budget(count, n, m, before, after, peak_bytes(config, gold, text, work)))

@@ -232,13 +232,11 @@ def budget(
 
 @bench.command("curate")
 def bench_curate(
-    folder: Annotated[Path | None, typer.Argument(help="Films with NAME.cuts.csv beside them; else toy films.")] = None,
-    detector: Annotated[list[str] | None, typer.Option(help="Compare this one; all if not given.")] = None,
-    toy: Annotated[int, typer.Option(help="How many toy films, without a folder.", min=1)] = 6,
+    folder: Annotated[Path, typer.Argument(help="Films with NAME.cuts.csv or the toy world's NAME.json beside them.")],
     json: Json = None,
 ) -> None:
     """Compare the detectors of cuts with the truth, and the speed of curation with that of decoding."""
-    _show(_watch("cinema.bench:bench_curate", folder, detector or (), toy), json)
+    _show(_watch("cinema.bench:bench_curate", folder), json)
 
 
 @bench.command("retrieval")
@@ -250,7 +248,7 @@ def bench_retrieval(
     json: Json = None,
 ) -> None:
     """Compare who retrieves the frames that matter, on flashbacks of the toy world; measure the time of a search."""
-    _show(_watch("cinema.bench_retrieval:bench_retrieval", preset, stories, seed, frames), json)
+    _show(_watch("cinema.bench_planner:bench_retrieval", preset, stories, seed, frames), json)
 
 
 @bench.command("ablate")
@@ -281,7 +279,7 @@ def _bench_model(name: str, numbers: str, text: str) -> None:
         preset: Preset = None,
         json: Json = None,
     ) -> None:
-        _show(_watch(f"cinema.bench_planner:bench_{name}", preset.keyframes, pairs, width, double, single), json)
+        _show(_watch(f"cinema.bench_planner:bench_{name}", preset.keyframes, pairs, (width, double, single)), json)
 
 
 _bench_model(
@@ -306,8 +304,8 @@ def bench_train(
     json: Json = None,
 ) -> None:
     """Measure steps of training as they are done: time, pairs a second, share of the machine's peak."""
-    told = preset, pairs, width, double, single, steps, batch, lora, recompute
-    _show(_watch("cinema.bench_train:bench_train", *told), json)
+    told = preset, pairs, (width, double, single), steps, batch, lora, recompute
+    _show(_watch("cinema.bench_planner:bench_train", *told), json)
 
 
 @app.command()

@@ -33,35 +33,24 @@ def velocity(data: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]) -> F
 def shift_time(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
     """Bend time towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024, eq. 23).
 
-    `shift` > 1 spends more of the time on noise, 1 changes nothing, 0 or less is a ValueError.
+    `shift` > 1 spends more of the time on noise, 1 changes nothing.
     """
-    if shift <= 0:
-        raise ValueError(f"the time shift is {shift}, it must be above 0")
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sample_sigma(
-    shape: Sequence[int],
-    generator: torch.Generator | None = None,
-    mean: float = 0.0,
-    std: float = 1.0,
-    shift: float = 1.0,
-) -> Float[Tensor, "..."]:
+def sample_sigma(shape: Sequence[int], generator: torch.Generator, shift: float = 1.0) -> Float[Tensor, "..."]:
     """Draw training noise levels in (0, 1): sigmoid of a normal, then shifted (Esser et al. 2024, eq. 19).
 
-    `shape` is usually ``(b, p)``, an independent level per pair; the result is on the generator's device.
+    `shape` is usually ``(b, p)``, an independent level per pair.
     """
-    normal = torch.randn(*shape, generator=generator, device=generator.device if generator else "cpu")
-    return shift_time(torch.sigmoid(mean + std * normal), shift)
+    return shift_time(torch.randn(*shape, generator=generator).sigmoid(), shift)
 
 
 def schedule(steps: int, shift: float = 1.0) -> Float[Tensor, "{steps}+1"]:
-    """Noise levels of a sampling run, from 1 to 0, for at least one step between them (else ValueError).
+    """Noise levels of a sampling run, from 1 to 0.
 
     Equal to diffusers' FlowMatchEulerDiscreteScheduler given ``sigmas=linspace(1, 1 / steps, steps)``.
     """
-    if steps < 1:
-        raise ValueError(f"a sampling run needs at least 1 step, not {steps}")
     return shift_time(torch.linspace(1, 0, steps + 1), shift)
 
 

@@ -25,13 +25,10 @@ def levels(side: int, count: int, ratio: float | Sequence[float] = PHI) -> tuple
     """Short sides of `count` levels in patches, finest first: s_i = floor(s_0 / ratio^i).
 
     The direct form: rounding down at every step instead gives 1 where Fig. 4 has 2. A sequence has a ratio for each
-    step from a level to the next, 1 for none, and their products replace the powers. ValueError where none fit.
+    step from a level to the next, 1 for none. ValueError where none fit.
     """
-    if side < 1 or count < 1:
-        raise ValueError(f"{count} levels of a frame {side} patches high: both must be at least 1")
-    steps = [*ratio] if isinstance(ratio, Sequence) else [ratio] * (count - 1)
-    low = min(ratio, default=1) < 1 if isinstance(ratio, Sequence) else ratio <= 1
-    if low or len(steps) != count - 1:
+    steps = ratio if isinstance(ratio, Sequence) else [ratio] * (count - 1)
+    if len(steps) != count - 1 or min(steps, default=1) < 1 or ratio == 1:
         rule = f"above 1, or from 1 on for each of {count - 1} steps"
         raise ValueError(f"the ratio between levels is {ratio}, it must be {rule}")
     sides = tuple(floor(side / shrunk + 1e-9) for shrunk in accumulate(steps, mul, initial=1.0))
@@ -47,7 +44,7 @@ def tokens(side: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which pair sits at which level; ValueError if the pairs do not fit, or `rank` is not an order of them."""
+    """Which pair sits at which level; ValueError if the pairs do not fit."""
 
     pairs: int  #: how many, in the order of time; the last is the newest, which is drawn
     side: int  #: short side of the newest pair in patches
@@ -61,8 +58,6 @@ class Layout:
             raise ValueError(f"a layout needs at least one pair, not {self.pairs}")
         if self.pairs > self.count * self.group:
             raise ValueError(f"{self.pairs} pairs do not fit in {self.count} levels of {self.group}")
-        if self.rank is not None and sorted(self.rank) != list(range(self.pairs)):
-            raise ValueError(f"rank {self.rank} is not an order of {self.pairs} pairs")
         levels(self.side, self.count, self.ratio)
 
     @property
@@ -99,10 +94,8 @@ def coordinates(side: int, finest: int, extent: bool = True) -> Float[Tensor, "s
 
     Cell i of a level lies at (i + 1/2) finest / side - 1/2: the finest level has 0, 1, 2 ..., a coarse one
     the centres of its larger cells. Without `extent` cells are just counted, so that a coarse level lies in the
-    upper left corner. ValueError if `side` is below 1 or above `finest`.
+    upper left corner.
     """
-    if not 1 <= side <= finest:
-        raise ValueError(f"a level of {side} patches in a frame of {finest}: it must be between 1 and {finest}")
     centre = (torch.arange(2 * side, dtype=torch.float32) + 0.5) * (finest / side if extent else 1) - 0.5
     y, x = repeat(centre[:side], "h -> h w", w=2 * side), repeat(centre, "w -> h w", h=side)
     return rearrange([y, x], "yx h w -> (h w) yx")

@@ -1,24 +1,21 @@
 """Interleaved data: windows of keyframe-text pairs out of films, with strides that change from epoch to epoch.
 
-A window is some shots of one film, in the order of time. Neighbouring shots look alike, and a film has few windows of
-neighbours; with a stride of its own at every step it has very many, and each shows other distances in time (dynamic
-stride sampling, paper, section 3.2). What a window is depends on the seed and its position in the stream of all windows
-alone, not on how many processes read that stream.
+A film has few windows of neighbouring shots; with a stride of its own at every step it has very many, and each shows
+other distances in time (dynamic stride sampling, paper, section 3.2). What a window is depends on the seed and its
+position in the stream of all windows alone, not on how many processes read that stream.
 """
 
 import hashlib
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
-from itertools import combinations, count
+from itertools import combinations
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import av
-import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from cinema.curation.clips import FOLDER
@@ -29,34 +26,6 @@ from cinema.toyworld.world import Movie, sample_movie
 
 TRIES = 20  # draws of a window before one is taken that shares too much: a film may have no other
 ROOM = 4096  # films whose last window is remembered
-
-
-@runtime_checkable
-class Films(Protocol):
-    """Films to train on."""
-
-    @property
-    def name(self) -> str:
-        """Differs where the films do."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Shots of every film."""
-
-    def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
-        """The shots told as a film of their own; unless `described`, looks are not told."""
-
-    def variants(self, film: int) -> list[str]:
-        """Every caption that `captions` may give."""
-
-    def looks(self, film: int) -> Mapping[str, str]:
-        """What captions say of a character's look, by tag, as far as it is known."""
-
-    def frames(self, film: int, height: int) -> list[Image.Image]:
-        """The keyframes of all shots, twice as wide as high."""
-
-    def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
-        """The beginnings of all shots, so many frames each."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +39,12 @@ class ToyFilms:
 
     @property
     def name(self) -> str:
-        """As in `Films`."""
+        """Differs where the films do."""
         return f"{self.kind}-{self.seed}-{self.shots}"
 
     @property
     def lengths(self) -> Sequence[int]:
-        """As in `Films`."""
+        """Shots of every film."""
         return [self.shots] * self.films
 
     def movie(self, film: int) -> Movie:
@@ -83,12 +52,12 @@ class ToyFilms:
         return _movie(f"{self.kind}/{self.seed}/{film}", self.shots)
 
     def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
-        """As in `Films`; a look is told where its character appears first among these shots."""
+        """The shots told as a film of their own: looks at the first appearance among them, unless not `described`."""
         movie = self.movie(film)
         return replace(movie, shots=[movie.shots[i] for i in shots]).captions(() if described else movie.cast)
 
     def variants(self, film: int) -> list[str]:
-        """As in `Films`: every shot with each of its characters described or not."""
+        """Every caption that `captions` may give: every shot with each of its characters described or not."""
         movie = self.movie(film)
         lines = list[str]()
         for shot in movie.shots:
@@ -98,16 +67,16 @@ class ToyFilms:
         return lines
 
     def looks(self, film: int) -> Mapping[str, str]:
-        """As in `Films`."""
+        """What captions say of a character's look, by tag."""
         return {tag: str(look) for tag, look in self.movie(film).cast.items()}
 
     def frames(self, film: int, height: int) -> list[Image.Image]:
-        """As in `Films`."""
+        """The keyframes of all shots, twice as wide as high."""
         movie = self.movie(film)
         return [render(movie, shot, height) for shot in movie.shots]
 
     def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
-        """As in `Films`, but whole shots, whatever time they take."""
+        """The beginnings of all shots, so many frames each; here whole shots, whatever time they take."""
         movie = self.movie(film)
         for shot in movie.shots:
             yield [render(movie, shot, height, time=i / max(1, frames - 1)) for i in range(frames)]
@@ -123,61 +92,59 @@ class CuratedFilms:
     """
 
     def __init__(self, folder: Path, seconds: float = 0.0) -> None:
-        self.seconds, self.paths, self.lengths, digests = seconds, list[Path](), list[int](), list[str]()
+        self.seconds, self.paths, self.lines, digests = seconds, list[Path](), list[list[str]](), list[str]()
         for path in sorted(folder.glob("*.parquet")):
             done = read_done(path.with_suffix(".done.json"))
-            if done and (shots := self._kept(read_film(path, images=False).shots)):
+            if done and (lines := [shot.caption for shot in self._kept(read_film(path, images=False).shots)]):
                 self.paths.append(path)
-                self.lengths.append(len(shots))
-                digests.append(repr([path.stem, done, [shot.caption for shot in shots]]))
+                self.lines.append(lines)
+                digests.append(repr([path.stem, done, lines]))
         if not self.paths:
             rule = "curate films with an annotator first, `cinema curate FILM --annotator vision -o DIR`"
             raise UserError(f"{folder}: no curated film with captions is there; {rule}")
+        self.lengths = [*map(len, self.lines)]
         self.name = f"{folder.name}-{hashlib.blake2b(repr(digests).encode(), digest_size=6).hexdigest()}"
 
-    def _kept(self, shots: Sequence[CuratedShot]) -> list[CuratedShot]:
+    def _kept(self, shots: Iterable[CuratedShot]) -> list[CuratedShot]:
         long = (s for s in shots if s.end_s - s.start_s >= self.seconds)
         return [s for s in long if s.kept and s.caption and s.keyframe_s is not None]
 
     def captions(self, film: int, shots: Sequence[int], described: bool = True) -> list[str]:
-        """As in `Films`; they are as they are."""
-        lines = self.variants(film)
-        return [lines[i] for i in shots]
+        """As they are, whatever the window."""
+        return [self.lines[film][i] for i in shots]
 
-    @lru_cache(maxsize=ROOM)  # noqa: B019  # lives as long as the run
     def variants(self, film: int) -> list[str]:
-        """As in `Films`, in the order of the shots."""
-        return [shot.caption for shot in self._kept(read_film(self.paths[film], images=False).shots)]
+        """The caption of every shot."""
+        return self.lines[film]
 
     def looks(self, film: int) -> Mapping[str, str]:
         """None: nobody knows them word by word."""
         return {}
 
     def frames(self, film: int, height: int) -> list[Image.Image]:
-        """As in `Films`."""
-        pictures = (Image.open(BytesIO(s.image or b"")) for s in self._kept(list(read_rows(self.paths[film]))))
+        """As in `ToyFilms`."""
+        pictures = (Image.open(BytesIO(s.image or b"")) for s in self._kept(read_rows(self.paths[film])))
         return [ImageOps.fit(picture.convert("RGB"), (2 * height, height)) for picture in pictures]
 
     def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
-        """As in `Films`, of the picture area, pixels taken as squares. UserError if videos are missing or short."""
+        """As in `ToyFilms`, of the picture area, pixels taken as squares. UserError if videos are missing or short."""
         path = self.paths[film]
-        table = path.parent / FOLDER / path.name
-        if not table.is_file():
-            raise UserError(f"{table}: there are no videos of shots; curate the film again with --video")
-        places = {row["shot"]: row for row in pq.read_table(table).to_pylist()}
-        for shot in self._kept(read_film(path, images=False).shots):
-            place, area = places[shot.shot], (shot.crop_left, shot.crop_top, shot.crop_right, shot.crop_bottom)
-            with (table.parent / place["tar"]).open("rb") as tar:
-                tar.seek(place["offset"])
-                video = BytesIO(tar.read(place["size"]))
-            taken = list[Image.Image]()
-            with av.open(video, "r") as container:
-                for frame in container.decode(video=0):
-                    while len(taken) < min(frames, (frame.time or 0.0) * fps + 0.5):  # the nearest frame, or the next
-                        taken.append(ImageOps.fit(frame.to_image().crop(area), (2 * height, height)))
-            if len(taken) < frames:
-                raise UserError(f"{path}: shot {shot.shot} has {len(taken)} frames at {fps} a second, not {frames}")
-            yield taken
+        tar = path.parent / FOLDER / f"{path.stem}.tar"
+        if not tar.is_file():
+            raise UserError(f"{tar}: there are no videos of shots; curate the film again with --video")
+        with tarfile.open(tar) as videos:
+            for shot in self._kept(read_film(path, images=False).shots):
+                area, taken = (shot.crop_left, shot.crop_top, shot.crop_right, shot.crop_bottom), list[Image.Image]()
+                with av.open(videos.extractfile(f"{shot.shot:05}.mp4"), "r") as container:
+                    for frame in container.decode(video=0):
+                        while len(taken) < frames and len(taken) <= (frame.time or 0.0) * fps + 1e-3:
+                            taken.append(ImageOps.fit(frame.to_image().crop(area), (2 * height, height)))
+                if len(taken) < frames:
+                    raise UserError(f"{path}: shot {shot.shot} has {len(taken)} of {frames} frames at {fps} a second")
+                yield taken
+
+
+Films = ToyFilms | CuratedFilms
 
 
 @dataclass(frozen=True)
@@ -188,8 +155,8 @@ class Window:
     shots: tuple[int, ...]
 
     def shared(self, other: "Window") -> float:
-        """Share of this window's shots that the other one has, too."""
-        return len({*self.shots} & {*other.shots}) / len(self.shots) if self.film == other.film else 0.0
+        """Share of this window's shots that another one of the film has, too."""
+        return len({*self.shots} & {*other.shots}) / len(self.shots)
 
 
 class Windows:
@@ -205,8 +172,7 @@ class Windows:
     ) -> None:
         self.films = [film for film, shots in enumerate(lengths) if shots >= pairs]
         if not self.films:
-            longest = max(lengths, default=0)
-            raise UserError(f"{pairs} pairs, but the longest film has {longest} shots")
+            raise UserError(f"{pairs} pairs, but the longest film has {max(lengths, default=0)} shots")
         self.lengths, self.pairs, self.seed, self.stride, self.max_shared = lengths, pairs, seed, stride, max_shared
         self.last = dict[int, tuple[int, Window]]()  # film -> epoch, and its window: a memo
         self._order = lru_cache(maxsize=4)(self._shuffled)
@@ -261,30 +227,3 @@ def _ahead(shots: int, pairs: int, stride: int) -> list[list[int]]:
     for _ in range(pairs - 1):
         ways.append([sum(ways[-1][at + 1 : at + stride + 1]) for at in range(shots)])
     return ways
-
-
-def most_windows(shots: int, pairs: int, max_shared: float) -> int | None:
-    """A bound on how many windows, with any steps, share so little pairwise; None if this counting gives none.
-
-    If `m` windows use shot e in d(e) of them, then sum C(d(e), 2) counts every shared shot once, so it is at most
-    C(m, 2) times the shots that two may share; and it is smallest when the m * pairs uses are spread evenly.
-    """
-    may = math.floor(max_shared * pairs + 1e-9)
-    if pairs * pairs <= may * shots:
-        return None
-    for m in count(2):
-        often, rest = divmod(m * pairs, shots)
-        least = (shots - rest) * math.comb(often, 2) + rest * math.comb(often + 1, 2)
-        if least > math.comb(m, 2) * may:
-            return m - 1
-    raise AssertionError
-
-
-def pack_windows(shots: int, pairs: int, stride: int, max_shared: float, tries: int = 2_000, seed: int = 0) -> int:
-    """How many windows, pairwise sharing at most `max_shared`, chance finds in so many draws: what training gets."""
-    rng, kept = random.Random(f"{seed}/pack"), list[Window]()
-    for _ in range(tries):
-        window = Window(0, tuple(strided(rng, shots, pairs, stride)))
-        if all(window.shared(other) <= max_shared for other in kept):
-            kept.append(window)
-    return len(kept)

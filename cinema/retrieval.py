@@ -27,9 +27,7 @@ from cinema.story import TAG, Shot, Story
 
 RETRIEVALS = ("clip", "t5", "recency", "random", "oracle")
 DEPTHS = (1, 2, 4, 8, 16)  # k at which coverage is told
-EXACT = (
-    2.0**-8
-)  # scores in half precision are less than half of this off: what is nearer to the best is looked at again
+EXACT = 2.0**-8  # scores in half precision are less than half of this off: what is nearer to the best is read again
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,19 @@ def describe(story: Story, caption: str) -> str:
     return re.sub(TAG, lambda found: looks.get(found[0]) or found[0].strip("<>"), caption)
 
 
+def shared(a: Shot, b: Shot) -> int:
+    """How many characters two shots share, and one more if they share the set."""
+    return len({*a.tags} & {*b.tags}) + (a.set is not None and a.set == b.set)
+
+
 def relevant(query: Shot, history: Sequence[Shot]) -> set[int]:
     """Shots of the history that share a character or the set with the query."""
-    same_set = (query.set is not None and shot.set == query.set for shot in history)
-    return {i for i, here in enumerate(same_set) if here or set(query.tags) & set(history[i].tags)}
+    return {i for i, shot in enumerate(history) if shared(query, shot)}
 
 
 def coverage(ranked: Sequence[int], wanted: Collection[int], k: int) -> float:
-    """coverage@k: the share of the wanted frames that are among the first `k`; ValueError if none is wanted."""
-    if not wanted:
-        raise ValueError("coverage of nothing: the query shares no character and no set with its history")
-    return len(set(ranked[:k]) & set(wanted)) / len(wanted)
+    """coverage@k: the share of the wanted frames, of which there must be some, that are among the first `k`."""
+    return len({*ranked[:k]} & {*wanted}) / len(wanted)
 
 
 class Index:
@@ -79,64 +79,33 @@ class Index:
     """
 
     def __init__(self, width: int) -> None:
-        if width < 1:
-            raise ValueError(f"vectors of width {width} cannot be searched; it must be at least 1")
-        self._vectors: Float16[Tensor, "room d"] = torch.empty(64, width, dtype=torch.float16)
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def width(self) -> int:
-        """Numbers in a vector."""
-        return self._vectors.shape[1]
-
-    @property
-    def vectors(self) -> Float16[Tensor, "n d"]:
-        """What is kept, in order."""
-        return self._vectors[: self._count]
+        self.vectors: Float16[Tensor, "n d"] = torch.empty(0, width, dtype=torch.float16)  #: what is kept, in order
 
     def add(self, vectors: Float[Tensor, "n d"]) -> None:
-        """Append vectors, scaled to length 1; ValueError if they have another width, or no direction."""
-        if vectors.shape[1] != self.width:
-            raise ValueError(f"vectors of width {vectors.shape[1]} in an index of width {self.width}")
-        if not (vectors.isfinite().all() and vectors.any(1).all()):
-            raise ValueError("a vector is zero or not finite, so it has no direction")
-        while self._count + len(vectors) > len(self._vectors):
-            self._vectors = torch.cat([self._vectors, torch.empty_like(self._vectors)])
-        self._vectors[self._count : self._count + len(vectors)] = normalize(vectors.float(), dim=1)
-        self._count += len(vectors)
+        """Append vectors, scaled to length 1; all are copied, so thousands are best added together."""
+        self.vectors = torch.cat([self.vectors, normalize(vectors.float(), dim=1).half()])
 
     def search(self, query: Float[Tensor, "d"], k: int) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
         """Numbers and cosines of the `k` best, best first; all if there are fewer. ValueError if it is empty."""
-        if not self._count:
+        if not len(self.vectors):
             raise ValueError("the index is empty; add frames before searching")
-        if query.shape != (self.width,) or k < 1:
-            raise ValueError(f"a query of width {len(query)} for the best {k} in an index of width {self.width}")
-        query, kept = normalize(query.float(), dim=0), self.vectors
-        rough = kept @ query.half()
-        least = rough.topk(min(k, self._count)).values[-1] - EXACT
+        query = normalize(query.float(), dim=0)
+        rough = self.vectors @ query.half()
+        least = rough.topk(min(k, len(rough))).values[-1] - EXACT
         near = (rough >= least).nonzero()[:, 0]
-        best = (kept[near].float() @ query).topk(min(k, len(near)))
+        best = (self.vectors[near].float() @ query).topk(min(k, len(near)))
         return near[best.indices], best.values
 
     def save(self, path: Path) -> None:
         """Write it as safetensors; the file appears whole or not at all."""
         with atomic(path) as part:
-            save_file({"vectors": self.vectors.contiguous()}, part)
+            save_file({"vectors": self.vectors}, part)
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        """Read what `save` wrote; UserError if it is no index."""
-        try:
-            vectors = load_file(path)["vectors"]
-            index = cls(vectors.shape[1])
-            index._vectors, index._count = vectors.half(), len(vectors)
-        except (
-            Exception
-        ) as error:  # safetensors has errors of its own, for a file that is missing, cut off, or no index
-            raise UserError(f"{path}: not an index of frames ({error}); build it again") from None
+        """Read what `save` wrote."""
+        index = cls(0)
+        index.vectors = load_file(path)["vectors"]
         return index
 
 
@@ -159,9 +128,8 @@ class ClipRetriever:
         self.index = Index(self.words("a").shape[0])
 
     def add(self, moment: Moment) -> None:
-        """Take in the next frame; ValueError without a picture."""
-        if moment.image is None:
-            raise ValueError("a frame without a picture cannot be found by CLIP")
+        """Take in the next frame."""
+        assert moment.image, "a query is no frame"
         self.index.add(self.pictures([moment.image]))
 
     def rank(self, query: Moment, k: int) -> list[int]:
@@ -176,12 +144,10 @@ class ClipRetriever:
     def words(self, text: str) -> Float[Tensor, "d"]:
         """The vector of a description; what is beyond the tower's context is cut off, with a warning."""
         inner = getattr(self._read, "tokenizer", None)  # of a transformers tokenizer; open_clip's own adds two marks
-        count = len(inner(text).input_ids if inner else self._read.encode(text)) + (0 if inner else 2)
-        if count > self._read.context_length:
-            said = (
-                f"a query has {count} tokens and the tower reads {self._read.context_length}, shorten it: {text[:60]!r}"
-            )
-            warnings.warn(said, stacklevel=2)
+        count = len(inner(text).input_ids) if inner else len(self._read.encode(text)) + 2
+        if count > (most := self._read.context_length):
+            told = f"a query has {count} tokens and the tower reads {most}, shorten it: {text[:60]!r}"
+            warnings.warn(told, stacklevel=2)
         return self._model.encode_text(self._read([text]).to(self._device))[0].float().cpu()
 
 
@@ -233,11 +199,5 @@ class Oracle(Recency):
 
     def rank(self, query: Moment, k: int) -> list[int]:
         """See `Retriever`."""
-
-        def shared(i: int) -> int:
-            shot = self.shots[i]
-            return len(set(query.shot.tags) & set(shot.tags)) + (
-                query.shot.set is not None and shot.set == query.shot.set
-            )
-
-        return sorted(super().rank(query, len(self.shots)), key=shared, reverse=True)[:k]
+        newest_first = super().rank(query, len(self.shots))
+        return sorted(newest_first, key=lambda i: shared(query.shot, self.shots[i]), reverse=True)[:k]

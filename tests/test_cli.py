@@ -209,8 +209,8 @@ def test_toyworld_films_have_what_is_asked_for(tmp_path):
 
 
 def test_bench_of_curation_is_a_row_per_detector(tmp_path, capsys):
-    given = ["--toy", "1", "--detector", "planes", "--detector", "content", "--json", str(tmp_path / "f.json")]
-    assert main(["bench", "curate", *given]) == 0
+    assert main(["toyworld", "-o", str(tmp_path), "--shots", "4"]) == 0
+    assert main(["bench", "curate", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 0
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())
     assert "planes" in out and "content" in out and "share of the speed of decoding" in out
     assert figures["planes"]["found"] + figures["planes"]["missed"] > 0

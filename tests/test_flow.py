@@ -64,22 +64,14 @@ def test_shift_moves_time_towards_noise_and_keeps_its_ends() -> None:
 
 
 def test_sampled_sigmas_are_logit_normal_per_pair_and_repeatable() -> None:
-    draw = lambda: sample_sigma((4000, 2), torch.Generator().manual_seed(1), mean=0.5, std=2.0)  # noqa: E731
+    draw = lambda: sample_sigma((4000, 2), torch.Generator().manual_seed(1))  # noqa: E731
     sigma = draw()
     assert torch.equal(sigma, draw()) and sigma.min() > 0 and sigma.max() < 1
     logit = torch.logit(sigma.double())
-    assert abs(logit.mean() - 0.5) < 0.1 and abs(logit.std() - 2) < 0.1  # four standard errors of 8,000 draws
+    assert abs(logit.mean()) < 0.05 and abs(logit.std() - 1) < 0.05  # four standard errors of 8,000 draws
     assert abs(torch.corrcoef(sigma.T)[0, 1]) < 0.07
 
 
 def test_sampled_sigmas_are_shifted_as_time_is() -> None:
     straight, shifted = (sample_sigma((100, 2), torch.Generator().manual_seed(1), shift=shift) for shift in (1.0, 3.0))
     assert torch.allclose(shifted, shift_time(straight, 3.0)) and shifted.median() > straight.median()
-
-
-@pytest.mark.parametrize(
-    "call", [lambda: schedule(0), lambda: schedule(4, 0.0), lambda: shift_time(torch.ones(1), -1.0)]
-)
-def test_impossible_numbers_are_refused(call) -> None:
-    with pytest.raises(ValueError, match=r"0|-1"):
-        call()

@@ -50,17 +50,13 @@ def test_equal_levels_share_one_fold() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: levels(0, 1), "1 levels of a frame 0 patches"),
-        (lambda: levels(8, 0), "0 levels of a frame 8"),
         (lambda: levels(8, 2, ratio=1.0), "ratio between levels is 1.0"),
         (lambda: levels(8, 6), "6 levels are too many for 8 patches: level 5"),
         (lambda: Layout(0, 8, 3, 2), "at least one pair, not 0"),
         (lambda: Layout(7, 8, 3, 2), "7 pairs do not fit in 3 levels of 2"),
-        (lambda: Layout(3, 8, 3, 2, rank=(0, 1, 1)), "not an order of 3 pairs"),
         (lambda: shrink(torch.zeros(1, 3, 64, 100), 1), "64 x 100 pixels"),
         (lambda: shrink(torch.zeros(1, 3, 64, 128), 0), "level of 0 patches"),
         (lambda: shrink(torch.zeros(1, 3, 64, 128), 5), "level of 5 patches does not fit a frame 4"),
-        (lambda: coordinates(9, 8), "level of 9 patches in a frame of 8"),
     ],
 )
 def test_errors_carry_the_numbers(call, message: str) -> None:
