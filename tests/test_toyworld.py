@@ -141,7 +141,6 @@ def test_the_ground_truth_is_exact(tmp_path: Path) -> None:
         assert shot["looks"] == {a.tag: vars(movie.cast[a.tag]) for a in setup.actors}
 
 
-
 def kinds(movie: Movie) -> set[str]:
     """How the shots of a film with transitions are joined."""
     return {start for _, start, _ in _pieces(movie, height=2, frames=9, transitions=True, titles=False)}

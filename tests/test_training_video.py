@@ -12,11 +12,10 @@ from PIL import Image
 from cinema.toyworld.world import sample_movie
 from cinema.training import make_task
 from cinema.training import video as training_video
-from cinema.training.autoencoder import psnr
+from cinema.training.autoencoder import VideoAutoencoderTask, clips_of_step, psnr
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.loop import HalfPrecision, run_training
 from cinema.training.video import VideoTask, window_captions
-from cinema.training.video_autoencoder import VideoAutoencoderTask, clips_of_step
 from cinema.video import decode_clips, encode_clips
 
 SHAPE = {"block_out_channels": [8, 8, 8], "decoder_block_out_channels": [8, 16], "decoder_layers_per_block": [0, 0, 1]}

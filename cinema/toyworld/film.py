@@ -75,7 +75,7 @@ def write_film(
 def write_films(
     count: int, seed: int, out: Path, on_progress: Progress = quiet, *, shots: int = 8, **options: Any
 ) -> list[Path]:
-    """Write ``film-<seed>-00000.mp4`` and so on, of random movies; by `write_film`; progress counts films."""
+    """Write ``film-<seed>-00000.mp4`` and so on, of random movies, as `write_film` does; progress counts films."""
     films = [out / f"film-{seed}-{i:05d}.mp4" for i in range(count)]
     for i, path in enumerate(films):
         sweep(out, path.stem)

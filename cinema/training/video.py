@@ -24,10 +24,9 @@ from cinema.interleave import strided
 from cinema.story import Story
 from cinema.toyworld.draw import render
 from cinema.toyworld.world import sample_movie
-from cinema.training.autoencoder import save_sheet, to_tensor
+from cinema.training.autoencoder import clip_frames, save_sheet, to_tensor
 from cinema.training.config import Stage
 from cinema.training.stories import Cache, FilmTask, save_pipeline
-from cinema.training.video_autoencoder import clip_frames
 from cinema.video import Animator, Window, encode_clips, global_caption, window_velocity
 
 
