@@ -50,6 +50,7 @@ class TrainConfig(BaseModel, extra="forbid", allow_inf_nan=False):
     log_every: PositiveInt = 20
     save_every: PositiveInt = 500
     sample_every: NonNegativeInt = 1000  #: 0 for never
+    tracker: Literal["tensorboard", "wandb"] = "tensorboard"  #: besides log.jsonl
     keep: PositiveInt = 2  #: checkpoints
     init: str | None = None  #: folder of weights to start from
 

@@ -40,7 +40,7 @@ from cinema.training.config import Stage, TrainConfig
 BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
 CHECKPOINTS = "checkpoint-[0-9]*.safetensors"
 PROGRESS = ("step", "log", "recent", "figures")  # of a run, kept in its checkpoints
-WATCHING = ("log_every", "save_every", "sample_every", "keep")  # may change when a run goes on
+WATCHING = ("log_every", "save_every", "sample_every", "keep", "tracker")  # may change when a run goes on
 NUMBER = "#"  # ends the name of a state that is no tensor
 EXPLODED = 30.0  # times the recent mean: a loss that high is not of a hard batch
 CARD = """---
@@ -329,7 +329,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
     """A run in a folder, at its beginning or at its newest checkpoint; errors as in `run_training`."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="tensorboard", project_dir=out)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=config.tracker, project_dir=out)
     for number, stage in enumerate(config.stages, 1):
         try:
             task.check(stage)
@@ -360,7 +360,10 @@ def start_run(config: TrainConfig, task: Task, out: Path, resume: bool) -> Run:
         sweep(out)
         write_json(out / "config.json", config.model_dump(mode="json"))
         (out / "samples").mkdir(exist_ok=True)
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    place = {"tensorboard": "tensorboard", "wandb": "captain-cinema"}[config.tracker]  # a folder, or a project
+    accelerator.init_trackers(place, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    if run.main and not accelerator.trackers:
+        raise UserError(f"{config.tracker} is not installed; run `pip install {config.tracker}`")
     return run
 
 
