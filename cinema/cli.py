@@ -46,8 +46,10 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the figure
 Retrieval = Annotated[
     str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
 ]
-Window = Annotated[int | None, typer.Option(help="Keyframes that are drawn together.")]
-Mask = Annotated[str | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")]
+Window = Annotated[int | None, typer.Option(help="Keyframes that are drawn together.", min=1)]
+Mask = Annotated[
+    Literal["full", "causal"] | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")
+]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]

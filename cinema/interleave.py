@@ -18,7 +18,6 @@ from pathlib import Path
 import av
 from PIL import Image, ImageOps
 
-from cinema.curation.clips import FOLDER
 from cinema.curation.store import CuratedShot, read_done, read_film, read_rows
 from cinema.errors import UserError
 from cinema.toyworld.draw import render
@@ -129,7 +128,7 @@ class CuratedFilms:
     def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
         """As in `ToyFilms`, of the picture area, pixels taken as squares. UserError if videos are missing or short."""
         path = self.paths[film]
-        tar = path.parent / FOLDER / f"{path.stem}.tar"
+        tar = path.parent / "clips" / f"{path.stem}.tar"
         if not tar.is_file():
             raise UserError(f"{tar}: there are no videos of shots; curate the film again with --video")
         with tarfile.open(tar) as videos:

@@ -59,12 +59,11 @@ class TextEncoders:
     tokenizer_2: Any
     text_encoder_2: T5EncoderModel
     length: int  #: tokens that T5 reads
-    _warned: bool = field(default=False, init=False)
 
     @torch.no_grad()
     def __call__(self, caption: str) -> Encoded:
-        """Encode one caption; the first that is too long gives a warning."""
-        self._warned = self._warned or warn_if_cut(self.tokenizer_2, caption, self.length)
+        """Encode one caption; one that is too long gives a warning."""
+        warn_if_cut(self.tokenizer_2, caption, self.length)
         words = tokenize(self.tokenizer_2, [caption], self.length).input_ids.to(self.text_encoder_2.device)
         pooled = tokenize(self.tokenizer, [caption], self.tokenizer.model_max_length).input_ids
         pooled = self.text_encoder(pooled.to(self.text_encoder.device)).pooler_output
@@ -80,12 +79,11 @@ def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> Any:
     return tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
-def warn_if_cut(tokenizer: Any, caption: str, length: int) -> bool:
-    """Warn of a caption with more than `length` tokens, and say whether it has."""
+def warn_if_cut(tokenizer: Any, caption: str, length: int) -> None:
+    """Warn of a caption with more than `length` tokens."""
     if (count := len(tokenizer(caption).input_ids)) > length:
         text = f"a caption has {count} tokens and only {length} are read, shorten it: {caption[:60]!r} ..."
         warnings.warn(text, stacklevel=3)
-    return count > length
 
 
 @torch.no_grad()
@@ -169,9 +167,6 @@ class KeyframePlanner:
         if rest or self.settings.width != 2 * self.settings.height:
             rule = f"the height must be a multiple of {PATCH}, the width its double"
             raise UserError(f"keyframes of {self.settings.height} x {self.settings.width} pixels: {rule}")
-        if self.settings.window < 1 or self.settings.mask not in ("causal", "full"):
-            told = f"a window of {self.settings.window} keyframes with the mask {self.settings.mask!r}"
-            raise UserError(f"{told}: draw at least 1 together, with the mask causal or full")
 
     @classmethod
     def from_preset(cls, preset: Preset, device: str | torch.device = "cpu") -> "KeyframePlanner":

@@ -29,7 +29,7 @@ Rope = Complex[Tensor, "n half"]  # cos + i sin of every token's angles
 class PairGroup:
     """Pairs of equal token counts, one fold: usually one GoldenMem level.
 
-    Float tensors have the dtype of the model, or any under autocast; `sigma` is best kept in float32.
+    Float tensors have the dtype of the model; `sigma` is best kept in float32.
     """
 
     latents: Float[Tensor, "b p s c"]  #: packed image tokens, at the noise level `sigma`
@@ -102,12 +102,6 @@ def rotate(x: Float[Tensor, "b n k h"], rope: Rope) -> Float[Tensor, "b n k h"]:
     return torch.view_as_real(pairs * rearrange(rope, "n half -> n 1 half")).flatten(-2).to(x.dtype)
 
 
-def normalised(norm: torch.nn.RMSNorm, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """`norm(x)` in x's own dtype: under autocast the module itself would return float32, by a slow path."""
-    weight = norm.weight.to(x.dtype) if norm.weight is not None else None
-    return F.rms_norm(x, norm.normalized_shape, weight, norm.eps)
-
-
 def _heads(width: int, x: Tensor, *projections: torch.nn.Module) -> list[Float[Tensor, "b n k h"]]:
     return [rearrange(to(x), "b n (k h) -> b n k h", h=width) for to in projections]
 
@@ -129,8 +123,8 @@ class LocalProcessor(flux.FluxAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image = _heads(attn.head_dim, hidden_states, attn.to_q, attn.to_k, attn.to_v)
         text = _heads(attn.head_dim, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        q = torch.cat([normalised(attn.norm_added_q, text[0]), normalised(attn.norm_q, image[0])], dim=1)
-        k = torch.cat([normalised(attn.norm_added_k, text[1]), normalised(attn.norm_k, image[1])], dim=1)
+        q = torch.cat([attn.norm_added_q(text[0]), attn.norm_q(image[0])], dim=1)
+        k = torch.cat([attn.norm_added_k(text[1]), attn.norm_k(image[1])], dim=1)
         q, k, v = rotate(q, local_rope), rotate(k, local_rope), torch.cat([text[2], image[2]], dim=1)
         out = attend_full(*(rearrange(z, "b n k h -> b k n h") for z in (q, k, v)))
         words, pixels = rearrange(out, "b k n h -> b n (k h)").tensor_split([text[0].shape[1]], dim=1)
@@ -161,7 +155,7 @@ class InterleavedSingleBlock(flux.FluxSingleTransformerBlock):
         x, a, rope = self.norm.norm(hidden_states), self.attn, image_rotary_emb
         x = pairs.per_pair(lambda x, shift, scale: torch.addcmul(shift, x, scale), [x], [shift, 1 + scale])  # b n d
         q, k, v = _heads(a.head_dim, x, a.to_q, a.to_k, a.to_v)
-        q, k = rotate(normalised(a.norm_q, q), rope), rotate(normalised(a.norm_k, k), rope)
+        q, k = rotate(a.norm_q(q), rope), rotate(a.norm_k(k), rope)
         q, k, v = (rearrange(z, "b n k h -> b k n h") for z in (q, k, v))
         keys, values = k, v
         if past is not None:

@@ -205,7 +205,7 @@ def test_toyworld_films_have_what_is_asked_for(tmp_path):
     assert main(["toyworld", "-o", str(tmp_path), *more]) == 0
     truth = json.loads((tmp_path / "film-0-00000.json").read_text())
     assert truth["bars"] == [16, 16] and len(truth["shots"]) == 3
-    assert truth["settings"]["titles"] and truth["settings"]["transitions"]
+    assert len(truth["cuts"]) > 3 and {shot["transition"] for shot in truth["shots"]} > {"cut"}
 
 
 def test_bench_of_curation_is_a_row_per_detector(tmp_path, capsys):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from cinema.training.autoencoder import to_tensor
 from cinema.training.config import Stage, TrainConfig
 from cinema.training.keyframes import KeyframeTask, recall_error, recall_targets
 from cinema.training.loop import At, HalfPrecision, run_training
-from cinema.training.text import make_tokenizer, small_clip, small_t5
+from cinema.training.text import make_tokenizer
 
 VAE = str(Path(TOY.keyframes.weights) / "vae")
 SHAPE = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
@@ -32,10 +33,7 @@ SHAPE = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The package's autoencoder, and untrained text encoders."""
     folder = tmp_path_factory.mktemp("keyframes")
-    torch.manual_seed(0)
-    small_clip(width=32, layers=1, heads=2).save_pretrained(folder / "clip")
-    small_t5(width=32, layers=1, heads=2).save_pretrained(folder / "t5")
-    return {"vae": VAE, "clip": str(folder / "clip"), "t5": str(folder / "t5"), "cache": str(folder / "cache")}
+    return {"vae": VAE, "cache": str(folder / "cache")} | {k: str(path) for k, path in tiny.toy_text(folder).items()}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from cinema.config import TOY
 from cinema.training import train
 from cinema.training.keyframes import KeyframeTask
-from cinema.training.text import small_clip, small_t5
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SHAPE = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
@@ -23,10 +23,7 @@ SHAPE = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, the base that it starts from, and what one process makes of them."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.manual_seed(0)
-    small_clip(width=32, layers=1, heads=2).save_pretrained(folder / "clip")
-    small_t5(width=32, layers=1, heads=2).save_pretrained(folder / "t5")
-    parts = {"clip": folder / "clip", "t5": folder / "t5", "vae": Path(TOY.keyframes.weights) / "vae"}
+    parts = tiny.toy_text(folder) | {"vae": Path(TOY.keyframes.weights) / "vae"}
     task = KeyframeTask(0, None, **parts, cache=folder / "cache", movies=2, shots=3, shape=SHAPE)
     for name, parameter in task.model.named_parameters():
         if "norm" in name or "proj_out" in name:

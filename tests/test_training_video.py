@@ -13,11 +13,10 @@ from PIL import Image
 
 from cinema.training import make_task
 from cinema.training import video as training_video
-from cinema.training.autoencoder import psnr
+from cinema.training.autoencoder import VideoAutoencoderTask, clip_frames, clips_of_step, psnr
 from cinema.training.config import Given, Stage, TrainConfig
 from cinema.training.loop import At, HalfPrecision, run_training
 from cinema.training.video import VideoTask
-from cinema.training.video_autoencoder import VideoAutoencoderTask, clip_frames, clips_of_step
 from cinema.video import Window, decode_clips, encode_clips
 
 SHAPE = {"block_out_channels": [8, 8, 8], "decoder_block_out_channels": [8, 16], "decoder_layers_per_block": [0, 0, 1]}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from cinema.config import TOY, Preset
+from cinema.training.text import ClipTask, T5Task
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 CHANNELS, TEXT, POOLED = 16, 32, 24
@@ -95,6 +96,16 @@ def text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:
         use_cache=False,
     )
     return CLIPTextModel(clip).eval(), T5EncoderModel(t5).eval()
+
+
+def toy_text(folder: Path) -> dict[str, Path]:
+    """Save small untrained text encoders that know the toy world's words, by the options that name them."""
+    torch.manual_seed(0)
+    clip = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    for task in (ClipTask(0, None, shape=clip | {"projection_dim": 32}), T5Task(0, None, shape=t5)):
+        task.save(folder / type(task).__name__)
+    return {"clip": folder / "ClipTask", "t5": folder / "T5Task"}
 
 
 def vae() -> AutoencoderKL:

@@ -18,10 +18,10 @@ TASKS = {
     "autoencoder": "autoencoder:AutoencoderTask",
     "clip": "text:ClipTask",
     "t5": "text:T5Task",
-    "retrieval": "retrieval:RetrievalTask",
+    "retrieval": "text:RetrievalTask",
     "keyframes": "keyframes:KeyframeTask",
     "video": "video:VideoTask",
-    "video_autoencoder": "video_autoencoder:VideoAutoencoderTask",
+    "video_autoencoder": "autoencoder:VideoAutoencoderTask",
 }
 
 

@@ -6,6 +6,7 @@ is exact: on the CPU an interrupted run ends with the same bits as an uninterrup
 
 import json
 import math
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,10 @@ from typing import Any
 
 import pydantic.dataclasses
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from huggingface_hub import ModelCardData
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,7 +35,6 @@ from cinema.config import WEIGHTS
 from cinema.errors import UserError
 from cinema.files import atomic, sweep, write_json, write_text
 from cinema.progress import Progress, quiet
-from cinema.training.card import write_card
 from cinema.training.config import Stage, TrainConfig
 
 BIAS_RATE = 30.0  # of T5's attention biases, times the rate of the rest; its own optimiser was relative
@@ -41,6 +43,29 @@ PROGRESS = ("step", "log", "recent", "figures")  # of a run, kept in its checkpo
 WATCHING = ("log_every", "save_every", "sample_every", "keep", "tracker")  # may change when a run goes on
 NUMBER = "#"  # ends the name of a state that is no tensor
 EXPLODED = 30.0  # times the recent mean: a loss that high is not of a hard batch
+CARD = """---
+{facts}
+---
+
+# {name}
+
+{about} Trained by `cinema train`, {step:,} of {total:,} steps, {hours:.1f} hours on {machine}.
+
+- **Data**: {data}
+- **Base**: {base}
+- **Intended use**: learning how short movies are generated, and research on it
+- **Limits**: only what the data shows. Nothing here was checked for people, places or events outside of it.
+- **Licence**: {licence}
+
+## Last figures
+
+{figures}
+
+## Configuration
+
+```yaml
+{config}```
+"""
 
 
 @dataclass(frozen=True)
@@ -98,8 +123,16 @@ class Task:
         """The weights of `init`; or a new model, that part of the shipped weights in all but `shape`."""
         if self.init:
             return kind.from_pretrained(self.init, torch_dtype=torch.float32, **where)
-        told = {key: value for key, value in kind.load_config(WEIGHTS / part).items() if not key.startswith("_")}
-        return kind(**told | self.shape)
+        config = getattr(kind, "config_class", None)  # of transformers' models; diffusers' take the numbers themselves
+        return kind(config(**self.shaped(part))) if config else kind(**self.shaped(part))
+
+    def shaped(self, part: str) -> dict[str, Any]:
+        """The configuration of that part of the shipped weights in all but `shape`; ValueError for an unknown key."""
+        told = json.loads((WEIGHTS / part / "config.json").read_text())
+        if unknown := {*self.shape} - {*told}:
+            raise ValueError(f"'shape' has no {', '.join(sorted(unknown))}; it may have {', '.join(sorted(told))}")
+        saved = ("dtype", "architectures")  # as which model, in which precision
+        return {k: v for k, v in told.items() if k[0] != "_" and k not in saved} | self.shape
 
     def build(self) -> Any:
         """The model that is trained; also loads what else the task needs."""
@@ -489,3 +522,26 @@ def _load_checkpoint(run: Run, path: Path) -> None:
 
 def _parameters(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def write_card(run: Run, folder: Path) -> None:
+    """Write `README.md` in a folder: data, steps, configuration, figures, use, limits, and the licence of the base."""
+    told = run.config.model_dump(mode="json", exclude_defaults=True)
+    for said in (told, told.get("options", {})):  # paths are private
+        said |= {k: Path(v).name for k, v in said.items() if isinstance(v, str) and Path(v).exists()}
+    init, processes, device = told.get("init"), run.accelerator.num_processes, run.accelerator.device
+    tags = ["captain-cinema", run.config.task]
+    facts = ModelCardData(base_model=init, tags=tags, license="other" if init else "apache-2.0")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU ({platform.machine()})"
+    figures = "".join(f"- {name}: {value:g}\n" for name, value in (run.log[-1] if run.log else {}).items())
+    # fmt: off
+    text = CARD.format(
+        facts=facts.to_yaml().strip(), name=run.out.name, step=run.step, total=run.config.total_steps,
+        hours=sum(line.get("seconds", 0.0) for line in run.log) / 3600,
+        machine=f"{name}, {processes} processes" if processes > 1 else name,
+        base=init or "none, trained from nothing",
+        licence="that of the base binds these weights, too" if init else "Apache-2.0, as the code",
+        figures=figures or "none yet\n", config=yaml.safe_dump(told, sort_keys=False), **run.task.card(),
+    )
+    # fmt: on
+    write_text(folder / "README.md", text)

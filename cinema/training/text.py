@@ -1,9 +1,12 @@
-"""Text encoders of the toy preset: tokenizers over the shot list's words, a small T5, a small CLIP.
+"""Text encoders of the toy preset: tokenizers over the shot list's words, a small T5, a small CLIP, retrieval towers.
 
-CLIP is trained by contrast between frames and captions. T5's encoder is trained to bind: every word learns its clause,
-and so whose colour a colour is.
+CLIP and the towers are trained by contrast, with captions and with descriptions, in which names are replaced by looks
+(:func:`cinema.retrieval.describe`). T5's encoder is trained to bind: every word learns its clause, and so whose colour
+a colour is.
 """
 
+import json
+import random
 from pathlib import Path
 from string import ascii_lowercase, digits
 from typing import Any
@@ -11,17 +14,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from cinema.config import TOY
+from cinema.files import write_json
+from cinema.retrieval import describe
+from cinema.toyworld.draw import render
 from cinema.toyworld.world import ACTIONS, CAMERAS, COLOURS, HATS, PLACES, POSITIONS, SHAPES, SIZES, sample_movie
-from cinema.training.autoencoder import frames_of_step
+from cinema.training.autoencoder import frames_of_step, to_tensor
 from cinema.training.config import Stage
 from cinema.training.loop import Task
 
 PAD, END, START, UNKNOWN = "<|pad|>", "<|end|>", "<|start|>", "<|unknown|>"
+WORDS = 40  # of a description: looks are longer than names
+SAME = 4  # shots of a movie in a batch: their sets and casts are alike, so looks have to be told apart
+SETTINGS, TOWERS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def vocabulary() -> list[str]:
@@ -99,7 +111,9 @@ class T5Task(Task):
     def build(self) -> ClauseReader:
         """A T5 encoder."""
         self.tokenizer = make_tokenizer(start=False)
-        return ClauseReader(T5EncoderModel.from_pretrained(self.init) if self.init else small_t5(**self.shape))
+        if not self.init:
+            self.shape["vocab_size"] = len(self.tokenizer)
+        return ClauseReader(self.load(T5EncoderModel, "keyframes/text_encoder_2"))
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Binary cross entropy over the vocabulary, summed; mean over words."""
@@ -119,9 +133,14 @@ class ClipTask(Task):
     """Frames and their captions find each other in a batch (Radford et al. 2021)."""
 
     def build(self) -> CLIPModel:
-        """A CLIP."""
+        """A CLIP; a new one's vision tower has the shape of the text tower, and sees frames squeezed to a square."""
         self.tokenizer = make_tokenizer(start=True)
-        return CLIPModel.from_pretrained(self.init) if self.init else small_clip(**self.shape)
+        if self.init:
+            return CLIPModel.from_pretrained(self.init)
+        text = self.shaped("keyframes/text_encoder") | {"vocab_size": len(self.tokenizer)}
+        shared = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim"
+        vision = {key: text[key] for key in shared} | {"image_size": TOY.keyframes.height, "patch_size": 16}
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"]))
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """Symmetric cross entropy over the similarities of fresh keyframes and captions that describe everybody."""
@@ -140,31 +159,57 @@ class ClipTask(Task):
         self.tokenizer.save_pretrained(folder)
 
 
-def small_t5(width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
-    """A T5 encoder with few parameters."""
-    # fmt: off
-    return T5EncoderModel(T5Config(
-        d_model=width, d_kv=width // heads, d_ff=2 * width, num_layers=layers, num_heads=heads, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", vocab_size=len(vocabulary()), pad_token_id=0, eos_token_id=1,
-        is_encoder_decoder=False, use_cache=False,
-    ))
-    # fmt: on
+class Towers(CLIP):
+    """open_clip's model, in whatever precision its parameters have."""
+
+    def forward(self, frames: Float[Tensor, "n 3 h w"], words: Tensor) -> dict[str, Tensor]:
+        """Unit vectors of frames and descriptions, and the scale of their products."""
+        return super().forward(frames.to(self.logit_scale.dtype), words)
 
 
-def small_clip(width: int = 128, layers: int = 2, heads: int = 4, image: int = 128, patch: int = 16) -> CLIPModel:
-    """A CLIP with few parameters; it sees frames squeezed to a square."""
-    # fmt: off
-    tower = {
-        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "projection_dim": width,
-    }
-    text = tower | {
-        "vocab_size": len(vocabulary()), "max_position_embeddings": TOY.keyframes.text_tokens,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-    }
-    # fmt: on
-    vision = tower | {"image_size": image, "patch_size": patch}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+class RetrievalTask(Task):
+    """Keyframes and the descriptions of their shots find each other in a batch (Radford et al. 2021)."""
+
+    def build(self) -> Towers:
+        """Two towers as their configuration says, or the shipped ones'."""
+        self.tokenizer, self.criterion = make_tokenizer(start=True), ClipLoss()
+        self.tokenizer.model_max_length = WORDS
+        config = Path(self.init or TOY.keyframes.towers) / SETTINGS
+        self.told = json.loads(config.read_text())["model_cfg"] | self.shape
+        text = {key: value for key, value in self.told["text_cfg"].items() if key != "hf_tokenizer_name"}
+        vision = CLIPVisionCfg(**self.told["vision_cfg"])
+        model = Towers(self.told["embed_dim"], vision, CLIPTextCfg(**text), output_dict=True)
+        if self.init:
+            model.load_state_dict(load_file(Path(self.init) / TOWERS))
+        return model
+
+    def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """open_clip's contrastive loss of the batch, and the share of frames that their description finds."""
+        frames, words = self._batch(step, stage.batch)
+        out = model(frames.to(self.device), words.to(self.device))
+        loss = self.criterion(**{key: value.float() for key, value in out.items()})
+        found = (out["text_features"] @ out["image_features"].T).argmax(1).cpu() == torch.arange(stage.batch)
+        return loss, {"found": found.float().mean().item()}
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads, with its tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        half = {key: value.bfloat16().contiguous() for key, value in self.model.state_dict().items()}
+        save_file(half, folder / TOWERS)
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+        write_json(folder / SETTINGS, {"model_cfg": self.told, "preprocess_cfg": preprocess})
+        self.tokenizer.save_pretrained(folder)
+
+    def _batch(self, step: int, count: int) -> tuple[Float[Tensor, "n 3 h w"], Tensor]:
+        """Shots of fresh movies and their descriptions: a function of (seed, step) alone."""
+        rng, frames, lines = random.Random(f"{self.seed}/{step}"), [], []
+        for i in range(-(-count // SAME)):
+            movie = sample_movie(f"retrieval/{self.seed}/{step}/{i}", rng.randint(SAME, 3 * SAME), returns=True)
+            story = movie.story()
+            for shot in rng.sample(range(len(movie.shots)), SAME):
+                frames.append(render(movie, movie.shots[shot], TOY.keyframes.height))
+                lines.append(describe(story, story.shots[shot].caption))
+        return to_tensor(frames[:count]), tokenize(self.tokenizer, lines[:count])
 
 
 def clip_text_tower(model: CLIPModel | CLIPTextModel) -> CLIPTextModel:
