@@ -135,7 +135,7 @@ def _parse(text: str, name: str, form: type[Form]) -> Form:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
-    if not isinstance(data, dict):
+    if node is None or not isinstance(data, dict):
         raise UserError(f"{name}: not a story; it needs title, cast, sets and shots")
     try:
         return form.model_validate(data)
