@@ -34,7 +34,6 @@ class Scores:
 
     attributes: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
     identity: list[bool] = field(default_factory=list)  #: colour, shape and hat all right, for later appearances
-    together: list[bool] = field(default_factory=list)  #: those of it in shots of several characters
 
     @property
     def first(self) -> list[bool]:
@@ -52,9 +51,9 @@ class ClipScores:
 
 
 def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None]) -> Scores:
-    """Score a story's keyframes, of any size, against its captions, which say all that there is to know.
+    """Score a story's keyframes, of any size, against its captions; None leaves a shot out.
 
-    None leaves a shot out. ValueError if a caption is not in the shot list's language or has no image.
+    ValueError if a caption is not in the shot list's language or has no image.
     """
     scores, looks = Scores(), dict[str, Look]()
     for caption, image in zip(captions, images, strict=True):
@@ -68,7 +67,6 @@ def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None
             right = {n: found is not None and getattr(found.look, n) == getattr(look, n, None) for n in LOOK}
             if actor.tag not in described:
                 scores.identity.append(all(right.values()))
-                scores.together += scores.identity[-1:] * (len(setup.actors) > 1)
                 continue
             right |= {"set": seen.place == setup.place, "position": found is not None, "size": seen.size == setup.size}
             for name, judged in scores.attributes.items():
@@ -111,11 +109,10 @@ def evaluate_stories(
     anybody: who comes later is known from pictures alone. Otherwise everything is planned, from descriptions. Of
     `looks`, "unseen" takes only those that training never showed.
 
-    Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `together` (of it, in shots of several
-    characters), `last_identity` (of who comes back in the last shot) and `wrong_context_identity` (of the same, by the
-    control, which takes two stories), None where nothing was judged; with 95 % intervals over stories in `ci95` and
-    numbers of judgements in `counts`. Progress counts keyframes. UserError if the preset's weights cannot be loaded, or
-    no shot is left to plan.
+    Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `last_identity` (of who comes back in
+    the last shot) and `wrong_context_identity` (of the same, by the control, which takes two stories), None where
+    nothing was judged; with 95 % intervals over stories in `ci95` and numbers of judgements in `counts`. UserError if
+    the preset's weights cannot be loaded, or no shot is left to plan.
     """
     if given >= shots:
         raise UserError(f"{given} of {shots} shots are given, so there is nothing to plan; ask for more shots")
@@ -138,12 +135,10 @@ def evaluate_stories(
     mixed = [draw(other_context(asked[i], asked[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
     scores = [_score(story, images[given:]) for story, images in zip(told, drawn, strict=True)]
     rows = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
-    rows["together"] = [s.together for s in scores]
     for name, films in (("last_identity", drawn), ("wrong_context_identity", mixed)):
         rows[name] = [_score(story, images[-1:]).identity for story, images in zip(told, films, strict=False)]
     figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
-    figures |= {"looks": looks, "given": given}
-    figures |= {name: share(own) for name, own in rows.items()}
+    figures |= {"looks": looks, "given": given} | {name: share(own) for name, own in rows.items()}
     figures["by_attribute"] = {name: share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
     figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
     return figures | {"counts": {name: sum(map(len, own)) for name, own in rows.items()}}
