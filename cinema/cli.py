@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version as version_of
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
@@ -26,68 +25,48 @@ from cinema.files import writable, write_json
 from cinema.story import Story, load_cast, load_story, read_text, save_story
 
 DETECTOR_HELP = "What finds the cuts: planes, content, adaptive, or transnetv2."
-app = typer.Typer(name="cinema", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(help="From a storyline to a short movie.", add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure how good and how fast a part is.")
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"pairs are {text!r}; give numbers with commas between them, such as 4,8,12") from None
+    return [int(number) for number in text.split(",")]
 
 
-# A callback makes of what is typed what the command gets: `Any` is then a preset, and numbers.
+# A callback or parser makes of what is typed what the command gets: `Any` is then a preset, and numbers.
 Preset = Annotated[
     Any, typer.Option(metavar="<str>", help="toy, small or flux; else CINEMA_PRESET, or toy.", callback=config.preset)
 ]
-Pairs = Annotated[Any, typer.Option(metavar="<str>", help="Numbers of pairs, such as 4,8,12.", callback=_numbers)]
+Pairs = Annotated[Any, typer.Option(metavar="<str>", help="Numbers of pairs, such as 4,8,12.", parser=_numbers)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=writable)]
-Retrieval = Annotated[
-    str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
-]
-Window = Annotated[int | None, typer.Option(help="Keyframes that are drawn together.", min=1)]
-Mask = Annotated[
-    Literal["full", "causal"] | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")
-]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
 Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
+Width = Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)]
+Double = Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)]
+Single = Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)]
 
 
 @app.command()
 def write(
     storyline: Annotated[Path, typer.Argument(help="A text file: what happens, in plain English.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The story to write, .yaml.")],
-    title: Annotated[str | None, typer.Option(help="Title of the story.")] = None,
 ) -> None:
     """Turn a storyline in plain English into a story, and say what was understood."""
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"{out}: a story is written as YAML; give a name that ends in .yaml")
-    story = _story(storyline, title, writing=True)
+    story = _write(storyline, errors=False)
     save_story(story, out)
-    _say(f"{out}: {_count(story.shots, 'shot')}, {_count(story.cast, 'character')}, {_count(story.sets, 'set')}")
+    _say(f"{out}: shots {len(story.shots)}, characters {len(story.cast)}, sets {len(story.sets)}")
 
 
 @app.command()
-def movie(
-    story: StoryFile,
-    out: FilmFile,
-    preset: Preset = None,
-    retrieval: Retrieval = None,
-    window: Window = None,
-    mask: Mask = None,
-    seed: Seed = 0,
-    workdir: Annotated[Path | None, typer.Option(help="Keep what is in between here, and go on from it.")] = None,
-    json: Json = None,
-) -> None:
+def movie(story: StoryFile, out: FilmFile, preset: Preset = None, seed: Seed = 0) -> None:
     """Make a film from a story: plan its keyframes, animate its shots, join them."""
-    chosen = preset.remembering(retrieval=retrieval, window=window, mask=mask)
-    made = _watch("cinema.movie:make_movie", _story(story), out, chosen, seed, workdir)
-    _show(made, json)
-    _say(f"{out}: {_count(made.keyframes, 'shot')}")
+    made = _watch("cinema.movie:make_movie", _story(story), out, preset, seed)
+    _say(f"{out}: {len(made.keyframes)} shots")
 
 
 @app.command()
@@ -95,16 +74,18 @@ def plan(
     story: StoryFile,
     out: Folder,
     preset: Preset = None,
-    retrieval: Retrieval = None,
-    window: Window = None,
-    mask: Mask = None,
+    retrieval: Annotated[
+        str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Keyframes that are drawn together.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")] = None,
     edit: Annotated[bool, typer.Option("--edit", help="The story was edited: plan again what depends on it.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
     chosen = preset.remembering(retrieval=retrieval, window=window, mask=mask)
     board = _watch("cinema.movie:plan_storyboard", _story(story), out, chosen, seed, edited=edit)
-    _say(f"{out}: {_count(board.keyframes, 'keyframe')}")
+    _say(f"{out}: {len(board.keyframes)} keyframes")
 
 
 @app.command()
@@ -132,7 +113,6 @@ def curate(
     video: Annotated[bool, typer.Option("--video", help="Also write the shots as videos, OUT/clips.")] = False,
     workers: Annotated[int | None, typer.Option(help="Films at a time; all cores if not given.", min=1)] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests for captions it may send.", min=0)] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds a film may go without progress.", min=1, max=1e6)] = 900.0,
     ray: Annotated[bool, typer.Option("--ray", help="Spread films over a Ray cluster.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Also write pages to look through, OUT/report.")] = False,
     preset: Preset = None,
@@ -148,11 +128,12 @@ def curate(
         "local": lambda: curation.LocalAnnotator(model, people),
         "none": curation.NoAnnotator,
     }
-    workers = workers or (1 if annotator == "local" else _cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or (1 if annotator == "local" else cores)
     options: dict[str, Any] = {"height": preset.keyframes.height, "detector": detector, "video": video, "ray": ray}
-    options |= {"limit_s": time_limit, "max_requests": max_requests, "workers": workers}
-    given = curation.find_films(films, out), out
-    result = _watch("cinema.curation:curate", *given, annotator=makers[annotator](), **options)
+    options |= {"max_requests": max_requests, "workers": workers}
+    found = curation.find_films(films, out)
+    result = _watch("cinema.curation:curate", found, out, annotator=makers[annotator](), **options)
     columns = "status", "shots", "kept", "reason"
     _show(result, json, {curation.shown(str(f.film)): {c: getattr(f, c) for c in columns} for f in result.films})
     if report:
@@ -185,10 +166,8 @@ def toyworld(
     seed: Seed = 0,
 ) -> None:
     """Write films of the toy world, with their ground truth beside them."""
-    options: dict[str, Any] = {"transitions": transitions, "titles": titles, "letterbox": letterbox}
-    _say(
-        f"{out}: {_count(_watch('cinema.toyworld.film:write_films', films, seed, out, shots=shots, **options), 'film')}"
-    )
+    options: dict[str, Any] = {"shots": shots, "transitions": transitions, "titles": titles, "letterbox": letterbox}
+    _say(f"{out}: {len(_watch('cinema.toyworld.film:write_films', films, seed, out, **options))} films")
 
 
 @app.command()
@@ -216,7 +195,6 @@ def budget(
     train: Annotated[Literal["no", "full", "lora"], typer.Option(help="Train all of it, or adapters.")] = "no",
     recompute: Annotated[bool, typer.Option("--recompute", help="Train with gradient checkpointing.")] = False,
     causal: Annotated[bool, typer.Option("--causal", help="Pairs see earlier ones only; else all see all.")] = False,
-    rank: Annotated[int, typer.Option(help="Of the adapters.", min=1)] = 16,
     preset: Preset = None,
     json: Json = None,
 ) -> None:
@@ -224,7 +202,7 @@ def budget(
     from cinema.budget import Work, table
 
     chosen = preset.remembering(memory_group=group, memory_levels=levels, memory_ratio=ratio).keyframes
-    rows, told = table(chosen, pairs, Work(train, recompute, causal, rank)), dict[str, Any]()
+    rows, told = table(chosen, pairs, Work(train, recompute, causal)), dict[str, Any]()
     for row in rows:
         costs = {"tokens": row.naive_tokens, "with GoldenMem": row.goldenmem_tokens, "TFLOP": row.naive_flops / 1e12}
         costs |= {"TFLOP with GoldenMem": row.goldenmem_flops / 1e12, "peak GiB": row.peak_bytes / 2**30}
@@ -269,35 +247,38 @@ def bench_ablate(
     _show(_watch("cinema.ablation:ablate", preset, name, stories, range(seeds), out, tune), json)
 
 
-def _bench_model(name: str, numbers: str, text: str) -> None:
-    """A measurement of random transformers: the command `name` calls `cinema.bench_planner:bench_NAME`."""
-
-    @bench.command(name, help=text)
-    def measure(
-        pairs: Pairs = numbers,
-        width: Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)] = 768,
-        double: Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)] = 4,
-        single: Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)] = 8,
-        preset: Preset = None,
-        json: Json = None,
-    ) -> None:
-        _show(_watch(f"cinema.bench_planner:bench_{name}", preset.keyframes, pairs, (width, double, single)), json)
+@bench.command("planner")
+def bench_planner(
+    pairs: Pairs = "8,32,48",
+    width: Width = 768,
+    double: Double = 4,
+    single: Single = 8,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Compare what the next keyframe costs with GoldenMem and a cache, and without either."""
+    _show(_watch("cinema.bench_planner:bench_planner", preset.keyframes, pairs, (width, double, single)), json)
 
 
-_bench_model(
-    "planner", "8,32,48", "Compare what the next keyframe costs with GoldenMem and a cache, and without either."
-)
-_bench_model(
-    "training", "8,16,32", "Compare a step of training by folds, with GoldenMem and without, and by dense masks."
-)
+@bench.command("training")
+def bench_training(
+    pairs: Pairs = "8,16,32",
+    width: Width = 768,
+    double: Double = 4,
+    single: Single = 8,
+    preset: Preset = None,
+    json: Json = None,
+) -> None:
+    """Compare a step of training by folds, with GoldenMem and without, and by dense masks."""
+    _show(_watch("cinema.bench_planner:bench_training", preset.keyframes, pairs, (width, double, single)), json)
 
 
 @bench.command("train")
 def bench_train(
     pairs: Pairs = "8",
-    width: Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)] = 768,
-    double: Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)] = 4,
-    single: Annotated[int, typer.Option(help="Its single-stream blocks.", min=1)] = 8,
+    width: Width = 768,
+    double: Double = 4,
+    single: Single = 8,
     steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1)] = 5,
     batch: Annotated[int, typer.Option(help="Windows a step.", min=1)] = 1,
     lora: Annotated[int | None, typer.Option(help="Rank of adapters; without it all is trained.", min=1)] = None,
@@ -324,7 +305,7 @@ def doctor(json: Json = None) -> None:
 
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     device = ", ".join(f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards)
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "cpu cores": str(_cores())}
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "cpu cores": str(os.cpu_count())}
     facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     facts["device"] = device or ("mps" if torch.backends.mps.is_available() else "cpu")
     for chosen in map(config.preset, config.PRESETS):
@@ -337,20 +318,18 @@ def doctor(json: Json = None) -> None:
     _show(facts | {"language model": endpoint, "video codecs": ", ".join(sorted(codecs))}, json)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _story(path: Path) -> Story:
+    return _write(path) if path.suffix.lower() == ".txt" else load_story(path)
 
 
-def _story(path: Path, title: str | None = None, writing: bool = False) -> Story:
-    """The story of a file; what was understood of a storyline is the result of writing, else said in passing."""
-    if not writing and path.suffix.lower() not in (".txt", ".md"):
-        return load_story(path)
+def _write(storyline: Path, errors: bool = True) -> Story:
+    """The story of a storyline; says what was understood of it."""
     from cinema.writer import write_story
 
-    written = write_story(read_text(path, "a storyline in plain English"), title)
+    written = write_story(read_text(storyline, "a storyline in plain English"))
     for heading, lines in (("Understood", written.understood), ("Left out", written.left_out)):
         if lines:
-            _say("\n  ".join([f"{heading}:", *lines]), errors=not writing)
+            _say("\n  ".join([f"{heading}:", *lines]), errors)
     return written.story
 
 
@@ -389,10 +368,6 @@ def _cell(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
-
-
 def _say(message: str, errors: bool = True) -> None:
     Console(stderr=errors, highlight=False).print(message, markup=False, soft_wrap=True)
 
@@ -413,25 +388,17 @@ def _watch(work: str, *given: Any, **options: Any) -> Any:
 app.add_typer(bench, name="bench")
 
 
-@app.callback(invoke_without_command=True)
-def _about(version: Annotated[bool, typer.Option("--version")] = False) -> None:
-    """From a storyline to a short movie."""
-    if version:
-        print(f"cinema {version_of('cinema')}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code (see the module's text). `arguments` default to the command line's."""
-    given, code, told = list(sys.argv[1:] if arguments is None else arguments) or ["--help"], 1, ""
+    given, code = list(sys.argv[1:] if arguments is None else arguments) or ["--help"], 1
     try:
-        code = app(given, prog_name="cinema", standalone_mode=False) or 0
+        if (ended := app(given, prog_name="cinema", standalone_mode=False) or 0) != 130:
+            return ended
+        told = "stopped; the same command goes on from here"
     except TyperException as error:
         context, code = getattr(error, "ctx", None), error.exit_code
-        command = context.command_path if context else "cinema"
         told = error.format_message().replace("Value error, ", "").rstrip(".")
-        told += f"; `{command} --help` shows what there is"
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        told += f"; `{context.command_path if context else 'cinema'} --help` shows what there is"
     except Exception as error:
         if os.environ.get("CINEMA_DEBUG"):
             raise
@@ -440,10 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = str(error)
         elif isinstance(error, OSError) and error.strerror:
             told = f"{error.filename2 or error.filename or 'file'}: {error.strerror}; free or choose another place"
-    if code == 130:
-        code, told = 1, "stopped; the same command goes on from here"
-    if told:
-        _say(" ".join(told.split()))
+    _say(" ".join(told.split()))
     return code
 
 

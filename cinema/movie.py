@@ -1,15 +1,13 @@
 """From a story to a film: plan keyframes, animate shots, join them; a killed run goes on and ends as the same film.
 
-Between them lie, each whole or not at all, `keyframes/000.png` (with what the planner read and remembered in its text
-chunks), `shots/000.tiff` (all frames, lossless) and `*.job.json`, which says whose work it is."""
+Between them lie, each whole or not at all, `keyframes/000.png` (with what the planner read and remembered in a text
+chunk), `shots/000.tiff` (all frames, lossless) and `*.job.json`, which says whose work it is."""
 
-import errno
 import glob
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import file_digest, sha256
@@ -17,7 +15,6 @@ from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
 
 import torch
 from PIL import Image, ImageSequence
@@ -33,28 +30,23 @@ from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
 from cinema.viz import film_strip
 
-_TOLD = ("caption", "remembered", "recipe")  # what a keyframe's file says of it
-_BROKEN = (OSError, EOFError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+_CHUNK = "cinema"  # of a keyframe's file: what it was drawn of, and from what
 
 
 @dataclass(frozen=True)
 class Storyboard:
-    """A planned story: its folder, the contact sheet, the manifest and a keyframe per shot."""
+    """A planned story: the contact sheet, the manifest and a keyframe per shot."""
 
-    folder: Path
-    picture: Path
+    storyboard: Path
     manifest: Path
     keyframes: list[Path]
 
 
 @dataclass(frozen=True)
-class MovieResult:
-    """A finished film, the contact sheet of its keyframes, and everything needed to make it again, as JSON."""
+class MovieResult(Storyboard):
+    """A finished film; its manifest has everything needed to make it again."""
 
     film: Path
-    storyboard: Path
-    manifest: Path
-    keyframes: list[Path]
 
 
 def make_movie(
@@ -62,19 +54,18 @@ def make_movie(
     out: Path,
     preset: Preset,
     seed: int = 0,
-    workdir: Path | None = None,
     on_progress: Progress | None = None,
 ) -> MovieResult:
     """Make a film (.mp4) of a story: plan its keyframes, animate its shots, join them with hard cuts.
 
-    Beside the film appear its storyboard (`.storyboard.png`), its manifest (`.json`) and the working folder (`.work`,
-    if no other is given), from which the same call goes on. UserError if the story, the preset's weights or a path
-    cannot be used, or the folder holds other work.
+    Beside the film appear its storyboard (`.storyboard.png`), its manifest (`.json`) and the working folder (`.work`),
+    from which the same call goes on. UserError if the story, the preset's weights or a path cannot be used, or the
+    folder holds other work.
     """
-    work = workdir or out.with_name(f"{out.stem}.work")
     _check(story, out, preset)
+    work = out.with_name(f"{out.stem}.work")
     plan_storyboard(story, work, preset, seed, on_progress)
-    return animate_storyboard(work, out, preset, seed, on_progress, work)
+    return animate_storyboard(work, out, preset, seed, on_progress)
 
 
 def plan_storyboard(
@@ -92,34 +83,30 @@ def plan_storyboard(
     """
     rename(story, preset.tags)  # fails early where the cast is too large
     paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
-    board = Storyboard(out_dir, out_dir / "storyboard.png", out_dir / "manifest.json", paths)
+    board = Storyboard(out_dir / "storyboard.png", out_dir / "manifest.json", paths)
     script, facts = out_dir / "story.yaml", _facts(story, seed, preset.keyframes)
 
     def keep(shot: int, recipe: str) -> Image.Image | None:
         image = _read(paths[shot])
         return image if image and _told(image).get("recipe", recipe) == recipe else None
 
-    places = [script, out_dir / "keyframes", board.picture, board.manifest]
-    with _work(out_dir / "plan.job.json", facts, places, "story" if edited else ""):
-        if edited or not board.manifest.is_file() or not all(map(_read, paths)):
-            planner = KeyframePlanner.from_preset(preset, _device())
-            for keyframe in planner.iterate(story, seed, on_progress, None, keep):
-                if not keep(keyframe.index, keyframe.recipe):
-                    text = PngInfo()
-                    for key in _TOLD:
-                        text.add_itxt(key, json.dumps(getattr(keyframe, key)))
-                    with atomic(paths[keyframe.index]) as part:
-                        keyframe.image.save(part, pnginfo=text)
-        for path in set((out_dir / "keyframes").glob("*.png")) - set(paths):  # of shots that the story had before
-            if _told(_read(path)):
-                path.unlink()
-        told = story.model_copy(deep=True)
-        for shot, path in zip(told.shots, paths, strict=True):
-            shot.keyframe = path.relative_to(out_dir).as_posix()
-            if "duration" not in shot.model_fields_set:
-                shot.duration = preset.video.frames / preset.video.fps
-        save_story(told, script)
-        _write_papers(board, story, preset, seed)
+    places = [script, out_dir / "keyframes", board.storyboard, board.manifest]
+    _begin(out_dir / "plan.job.json", facts, places, "story" if edited else "")
+    if edited or not board.manifest.is_file() or not all(map(_read, paths)):
+        planner = KeyframePlanner.from_preset(preset, _device())
+        for keyframe in planner.iterate(story, seed, on_progress, None, keep):
+            if not keep(keyframe.index, keyframe.recipe):
+                told, text = {n: getattr(keyframe, n) for n in ("caption", "remembered", "recipe")}, PngInfo()
+                text.add_itxt(_CHUNK, json.dumps(told))
+                with atomic(paths[keyframe.index]) as part:
+                    keyframe.image.save(part, pnginfo=text)
+    planned = story.model_copy(deep=True)
+    for shot, path in zip(planned.shots, paths, strict=True):
+        shot.keyframe = path.relative_to(out_dir).as_posix()
+        if "duration" not in shot.model_fields_set:
+            shot.duration = preset.video.frames / preset.video.fps
+    save_story(planned, script)
+    _write_papers(board, story, preset, seed)
     return board
 
 
@@ -129,13 +116,12 @@ def animate_storyboard(
     preset: Preset,
     seed: int = 0,
     on_progress: Progress | None = None,
-    workdir: Path | None = None,
 ) -> MovieResult:
     """Make a film of a folder that `plan_storyboard` wrote; its pictures and captions may have been changed since.
 
     UserError if the folder is no storyboard, a keyframe is missing or cannot be read, or as for `make_movie`.
     """
-    script, work = folder / "story.yaml", workdir or out.with_name(f"{out.stem}.work")
+    script, work = folder / "story.yaml", out.with_name(f"{out.stem}.work")
     if not script.is_file():
         raise UserError(f"{folder}: there is no story.yaml, so it is no storyboard; make one with `cinema plan`")
     story, keyframes, images = load_story(script), list[Path](), list[Image.Image]()
@@ -149,23 +135,22 @@ def animate_storyboard(
     counts, paths = _check(story, out, preset), [work / "shots" / f"{i:03d}.tiff" for i in range(len(images))]
     digests = [sha256(image.tobytes()).hexdigest() for image in images]
     facts = _facts(story, seed, preset.video) | {"keyframes": digests}
-    board = Storyboard(folder, out.with_suffix(".storyboard.png"), out.with_suffix(".json"), keyframes)
-    with _work(work / "film.job.json", facts, [work / "shots"]):
-        sweep(out.parent, glob.escape(out.stem))
-        known = {i for i, (path, count) in enumerate(zip(paths, counts, strict=True)) if _is_whole(path, count, preset)}
-        if len(known) < len(paths):
-            animator = Animator.from_preset(preset, _device())
-            drawn = {i: partial(_frames, paths[i]) for i in known}
-            for index, frames in animator.animate(story, images, seed, on_progress, drawn):
-                with atomic(paths[index]) as part:
-                    frames[0].save(part, save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
-        _join(paths, out, preset.video)
-        told = zip(story.shots, counts, accumulate(counts), strict=True)
-        shots = [{"start_frame": end - n, "end_frame": end, "caption": shot.caption} for shot, n, end in told]
-        film: dict[str, Any] = {"file": out.name, "sha256": sha256(out.read_bytes()).hexdigest(), "frames": sum(counts)}
-        film |= {"fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
-        _write_papers(board, story, preset, seed, shots=shots, film=film)
-    return MovieResult(out, board.picture, board.manifest, keyframes)
+    result = MovieResult(out.with_suffix(".storyboard.png"), out.with_suffix(".json"), keyframes, out)
+    _begin(work / "film.job.json", facts, [work / "shots", result.manifest])
+    sweep(out.parent, glob.escape(out.stem))
+    drawn = {i: partial(_frames, path) for i, path in enumerate(paths) if path.is_file()}
+    if len(drawn) < len(paths):
+        animator = Animator.from_preset(preset, _device())
+        for index, frames in animator.animate(story, images, seed, on_progress, drawn):
+            with atomic(paths[index]) as part:
+                frames[0].save(part, save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
+    _join(paths, out, preset.video)
+    told = zip(story.shots, counts, accumulate(counts), strict=True)
+    shots = [{"start_frame": end - n, "end_frame": end, "caption": shot.caption} for shot, n, end in told]
+    film: dict[str, Any] = {"file": out.name, "sha256": sha256(out.read_bytes()).hexdigest(), "frames": sum(counts)}
+    film |= {"fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
+    _write_papers(result, story, preset, seed, shots=shots, film=film)
+    return result
 
 
 def weights_identity(name: str) -> str:
@@ -199,41 +184,27 @@ def _check(story: Story, out: Path, preset: Preset) -> list[int]:
     if out.suffix != ".mp4":
         raise UserError(f"{out}: films are written as MP4; give a name that ends in .mp4")
     writable(out)
-    manifest, ours = out.with_suffix(".json"), False
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        ours = json.loads(manifest.read_text(encoding="utf-8"))["film"]["file"] == out.name
-    if manifest.exists() and not ours:
-        raise UserError(f"{manifest}: is not this film's manifest, which would replace it; give the film another name")
     return [shot_frames(shot, preset.video) for shot in story.shots]
 
 
-@contextmanager
-def _work(job: Path, facts: dict[str, Any], places: list[Path], free: str = "") -> Iterator[None]:
-    """Work in a folder, begun or gone on with.
+def _begin(job: Path, facts: dict[str, Any], places: list[Path], free: str = "") -> None:
+    """Begin work in a folder, or go on with it; UserError if files in those places are of other work.
 
     The fact that is `free` may have changed; then the last of the places, which says that all is done, goes first.
-    UserError if files in those places are of other work, or the disk refuses.
     """
-    held, facts = dict[str, Any](), json.loads(json.dumps(facts))
-    with suppress(OSError, ValueError, TypeError):
-        held = dict(json.loads(job.read_text(encoding="utf-8")))
+    facts = json.loads(json.dumps(facts))
+    held = json.loads(job.read_text(encoding="utf-8")) if job.is_file() else {}
     other = [name for name in facts if held.get(name) != facts[name]]
     taken = [place.name for place in places if place.exists()]
     if taken and not set(other) <= {free}:
         why = f"holds work of another film (its {' and '.join(other)} differ)"
         why = why if job.exists() else f"already has {taken[0]}, not of this work"
         raise UserError(f"{job.parent} {why}; choose another folder or remove it")
-    try:
-        if other:
-            places[-1].unlink(missing_ok=True)
-        write_json(job, facts)
-        for place in (job.parent, *places):
-            sweep(place)
-        yield
-    except OSError as error:
-        cure = "make room and run it again" if error.errno == errno.ENOSPC else "choose another place"
-        where = error.filename or job.parent
-        raise UserError(f"{where}: cannot be written ({error.strerror or error}); {cure}") from error
+    if other:
+        places[-1].unlink(missing_ok=True)
+    write_json(job, facts)
+    for place in (job.parent, *places):
+        sweep(place)
 
 
 def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings) -> dict[str, Any]:
@@ -246,11 +217,9 @@ def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings) 
 
 def _write_papers(board: Storyboard, story: Story, preset: Preset, seed: int, **more: Any) -> None:
     """Write the contact sheet, and the manifest: how the work can be made again, and `more`, as curation reads it."""
-    with atomic(board.picture) as part:
+    with atomic(board.storyboard) as part:
         film_strip(board.keyframes, [shot.caption for shot in story.shots]).save(part)
-    settings, package = asdict(preset), f"{WEIGHTS.parent.parent}{os.sep}"
-    for name, key in (("keyframes", "weights"), ("keyframes", "towers"), ("video", "weights")):
-        settings[name][key] = settings[name][key].removeprefix(package)
+    settings = json.loads(json.dumps(asdict(preset)).replace(f"{WEIGHTS.parent.parent}{os.sep}", ""))
     told: dict[str, Any] = {"story": story.model_dump(mode="json", exclude_none=True), "seed": seed, "preset": settings}
     told["weights"] = {name: weights_identity(getattr(preset, name).weights) for name in ("keyframes", "video")}
     packages = ("cinema", "torch", "diffusers", "transformers", "pillow", "av")
@@ -260,27 +229,15 @@ def _write_papers(board: Storyboard, story: Story, preset: Preset, seed: int, **
 
 
 def _read(path: Path) -> Image.Image | None:
-    """A picture; None if it is missing, no picture, cut off, or far too large."""
-    with suppress(*_BROKEN), Image.open(path) as image:
+    """A picture; None if it is missing, no picture, or cut off."""
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:  # what Pillow raises
         return image.convert("RGB")
     return None
 
 
 def _told(image: Image.Image | None) -> dict[str, Any]:
     """What a keyframe's file says about itself; a picture from elsewhere, or none, says nothing."""
-    info = getattr(image, "info", {})
-    with suppress(ValueError, TypeError):  # the words may stand for something else
-        return {key: json.loads(info[key]) for key in _TOLD if key in info}
-    return {}
-
-
-def _is_whole(path: Path, count: int, preset: Preset) -> bool:
-    """Whether a shot's file holds all its frames; one that was cut off or changed is made again."""
-    with suppress(*_BROKEN), catch_warnings(action="ignore"), Image.open(path) as shot:
-        shot.seek(count - 1)
-        shot.load()
-        return getattr(shot, "n_frames", 1) == count and shot.size == (preset.video.width, preset.video.height)
-    return False
+    return json.loads(image.info.get(_CHUNK, "{}")) if image else {}
 
 
 def _device() -> str:

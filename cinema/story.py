@@ -6,7 +6,7 @@ can be drawn right only by whoever remembers."""
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -15,12 +15,8 @@ from cinema.errors import UserError
 from cinema.files import write_text
 
 TAG = re.compile(r"<[a-z][a-z0-9_-]*>")
-MAX_SHOTS = 5_000
 Tag = Annotated[str, Field(pattern=rf"^{TAG.pattern}$", description="a name in angle brackets, e.g. <ada>")]
-
-
-class StoryError(UserError):
-    """A story that cannot be used; its message is one sentence: what, where, and the cure."""
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class _Model(BaseModel, extra="forbid", validate_assignment=True): ...
@@ -56,7 +52,7 @@ class Shot(_Model):
     `keyframe` and `clip` are paths relative to the folder of the story file; they never leave it.
     """
 
-    caption: str = Field(min_length=1, max_length=4_000)
+    caption: str = Field(pattern=r"\S", max_length=4_000)
     set: str | None = None
     duration: float = Field(default=2.125, gt=0, le=600, strict=True, description="seconds")
     keyframe: str | None = None
@@ -67,13 +63,6 @@ class Shot(_Model):
     def tags(self) -> list[str]:
         """Tags of the caption, in order of appearance, each once."""
         return list(dict.fromkeys(TAG.findall(self.caption)))
-
-    @field_validator("caption")
-    @classmethod
-    def _says_something(cls, value: str) -> str:
-        if not value.strip() or re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
-            raise ValueError("the caption is blank or holds control characters; say in words what is seen")
-        return value
 
     @field_validator("keyframe", "clip")
     @classmethod
@@ -90,7 +79,7 @@ class Story(_Model):
     title: str = Field(min_length=1, max_length=200)
     cast: list[Character] = []
     sets: list[Place] = []
-    shots: list[Shot] = Field(min_length=1, max_length=MAX_SHOTS)
+    shots: list[Shot] = Field(min_length=1, max_length=5_000)
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Story":
@@ -116,58 +105,42 @@ class _Bank(BaseModel):
 
 
 def load_story(path: str | Path) -> Story:
-    """Read a story from a YAML (or JSON) file; StoryError, with the line and the cure, if it does not hold one."""
+    """Read a story from a YAML (or JSON) file; UserError, with the line and the cure, if it does not hold one."""
     return parse_story(read_text(Path(path), "a story in YAML"), str(path))
 
 
 def load_cast(path: Path) -> list[Character]:
-    """The `cast` of a YAML file, a story or nothing but a character bank; StoryError as for `load_story`."""
-    return _parse(read_text(path, "a cast in YAML"), str(path), alone=True).cast
+    """The `cast` of a YAML file, a story or nothing but a character bank; UserError as for `load_story`."""
+    return _parse(read_text(path, "a cast in YAML"), str(path), _Bank).cast
 
 
 def read_text(path: Path, wanted: str) -> str:
-    """The text of a file that the user names; StoryError if there is none."""
+    """The text of a file that the user names; UserError if there is none."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a readable text file"
-        raise StoryError(f"{path}: {reason}; give the path of {wanted}") from None
+        raise UserError(f"{path}: {reason}; give the path of {wanted}") from None
 
 
 def parse_story(text: str, name: str = "story") -> Story:
-    """Read a story from YAML text; `name` stands for the file in messages. Raises StoryError as `load_story` does."""
-    return _parse(text, name)
+    """Read a story from YAML text; `name` stands for the file in messages. Raises UserError as `load_story` does."""
+    return _parse(text, name, Story)
 
 
-class _Loader(yaml.CSafeLoader):
-    """Refuses a key that its mapping has had before: YAML lets the last win, and the first would be lost unsaid."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                problem = f"{_short(key.value)} stands there a second time"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _parse(text: str, name: str, alone: bool = False) -> Any:
-    """A story; a cast may stand `alone`."""
+def _parse(text: str, name: str, form: type[Form]) -> Form:
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        data = loader.construct_document(node) if node else None
+        node, data = yaml.compose(text, yaml.CSafeLoader), yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
         where = f", line {mark.line + 1}" if mark else ""
-        raise StoryError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
+        raise UserError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
     if node is None or not isinstance(data, dict):
-        raise StoryError(f"{name}: not a story; it needs title, cast, sets and shots")
+        raise UserError(f"{name}: not a story; it needs title, cast, sets and shots")
     try:
-        return (_Bank if alone and list(data) == ["cast"] else Story).model_validate(data)
+        return form.model_validate(data)
     except ValidationError as error:
-        raise StoryError(_one_sentence(name, node, error)) from None
+        raise UserError(_one_sentence(name, node, error)) from None
 
 
 def save_story(story: Story, path: str | Path) -> None:
@@ -182,14 +155,9 @@ def _one_sentence(name: str, node: yaml.Node, error: ValidationError) -> str:
     if found := re.match(r"(shots|cast)\.(\d+): ", message):
         steps, message = [found[1], int(found[2])], message[found.end() :]
     if first["type"] != "value_error":  # pydantic's words
-        given = "" if isinstance(first["input"], dict | list) else f" ({_short(first['input'])} is given)"
+        given = "" if isinstance(first["input"], dict | list) else f" ({first['input']!r:.60} is given)"
         message = f"{message[0].lower()}{message[1:]}{given}; correct it"
     for step in steps:  # to the node in question, or as near as there is one
         pairs = [(k.value, v) for k, v in node.value] if isinstance(node, yaml.MappingNode) else enumerate(node.value)
         node = next((inner for key, inner in pairs if key == step), node)
     return ": ".join([f"{name}, line {node.start_mark.line + 1}", *[".".join(map(str, steps))] * bool(steps), message])
-
-
-def _short(value: object) -> str:
-    """Input as an error message shows it."""
-    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."

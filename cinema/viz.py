@@ -19,11 +19,8 @@ def film_strip(
 ) -> Image.Image:
     """A sheet of frames, or of the files they are in, each with its number (from 1 on, if not given) and caption below.
 
-    There are `columns` in a row, `width` pixels wide and all as high as the first one's aspect says. Raises
-    ValueError without a picture or with another number of captions.
+    There are `columns` in a row, `width` pixels wide and all as high as the first one's aspect says.
     """
-    if not images or (captions is not None and len(captions) != len(images)):
-        raise ValueError(f"{len(images)} pictures and {len(captions or [])} captions: give a caption each, or none")
     first = _frame(images[0])
     height, letters = round(width * first.height / first.width), max(12, 10 * width // 64)
     wrapped = [textwrap.wrap(text, letters, initial_indent=" " * 4)[:6] or [""] for text in captions or []]

@@ -166,7 +166,6 @@ def test_a_causal_story_and_adapters_cost_less_and_recomputing_more_but_needs_le
     ("given", "said"),
     [
         (["--pairs", "0"], "a layout needs at least one pair, not 0; change pairs, levels, group or ratio"),
-        (["--pairs", "4,x"], "pairs are '4,x'; give numbers with commas between them, such as 4,8,12"),
         (["--pairs", "4", "--levels", "9"], "9 levels are too many for 8 patches: level 5 would have none"),
         (["--pairs", "4", "--ratio", "1"], "the ratio between levels is 1.0, it must be above 1"),
         (["--pairs", "4", "--preset", "huge"], "there is no preset 'huge'"),

@@ -32,8 +32,7 @@ def _clean(monkeypatch):
 
 def story_commands(story: Path, out: Path) -> list[list[str]]:
     """Every command offered that reads a story."""
-    always = [["curate", str(out / "none.mp4"), "-o", str(out), "--cast", str(story)]]
-    return [*always, ["movie", str(story), "-o", str(out / "film.mp4")], ["plan", str(story), "-o", str(out)]]
+    return [["movie", str(story), "-o", str(out / "film.mp4")], ["plan", str(story), "-o", str(out)]]
 
 
 def one_sentence(capsys) -> str:
@@ -48,12 +47,13 @@ def one_sentence(capsys) -> str:
 
 def test_write_makes_a_story_and_says_what_it_read(tmp_path, capsys):
     (tmp_path / "line.txt").write_text("Ada hops through the woods, humming. Bo waves.", encoding="utf-8")
-    assert main(["write", str(tmp_path / "line.txt"), "-o", str(tmp_path / "s.yaml"), "--title", "Hops"]) == 0
+    assert main(["write", str(tmp_path / "line.txt"), "-o", str(tmp_path / "s.yaml")]) == 0
     story = load_story(tmp_path / "s.yaml")
-    assert story.title == "Hops" and [parse_caption(s.caption)[0].place for s in story.shots] == ["forest", "forest"]
+    assert story.title == "Ada and Bo: forest"
+    assert [parse_caption(s.caption)[0].place for s in story.shots] == ["forest", "forest"]
     out, err = capsys.readouterr()
     assert "“hops” = jumping" in out and "Left out:" in out and "“humming”" in out
-    assert "2 shots, 2 characters, 1 set" in err
+    assert "shots 2, characters 2, sets 1" in err
 
 
 @pytest.mark.parametrize("content", [b"", b"blorp fizz.", b"\xff\xfe\x00\x01", None])
@@ -122,7 +122,8 @@ def test_curate_reports_each_film_and_exits_3_when_some_failed(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["write"], ["frobnicate"], ["doctor", "--frob"], ["curate", "x", "--annotator", "me"]]
+    "arguments",
+    [["write"], ["frobnicate"], ["plan", "--frob"], ["budget", "--pairs", "4,x"], ["curate", "x", "--annotator", "me"]],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, capsys):
     assert main(arguments) == 2
@@ -133,7 +134,7 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, capsys):
 def test_no_arguments_is_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert "write" in text and "doctor" in text and "bench" in text
+    assert "write" in text and "curate" in text and "bench" in text
 
 
 def test_help_imports_nothing_heavy():
@@ -166,29 +167,19 @@ def test_a_fault_of_ours_is_one_sentence_unless_debugging(monkeypatch, tmp_path,
         main(["curate", "x.mp4", "-o", str(tmp_path)])
 
 
-def test_doctor_says_what_is_here_and_no_secret(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("CINEMA_LLM_BASE_URL", "http://me:secret@example.org/v1")
-    monkeypatch.setenv("CINEMA_LLM_API_KEY", "secret")
-    (tmp_path / "transformer").mkdir()
-    for name in ("model_index.json", "transformer/model.safetensors"):
-        (tmp_path / name).write_text("{}")
-    monkeypatch.setenv("CINEMA_KEYFRAME_WEIGHTS", str(tmp_path))
-    monkeypatch.setenv("CINEMA_VIDEO_WEIGHTS", str(tmp_path / "none"))
-    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
-    facts = json.loads((tmp_path / "d.json").read_text())
-    assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and "torch" in facts and "device" in facts
-    assert facts["preset toy"] == f"weights missing: video ({tmp_path / 'none'})"
-    assert facts["language model"].startswith("set") and "h264" in facts["video codecs"]
-    monkeypatch.setenv("CINEMA_VIDEO_WEIGHTS", str(tmp_path))
-    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
-    assert json.loads((tmp_path / "d.json").read_text())["preset toy"] == "weights present"
-    assert "secret" not in capsys.readouterr().out
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path, capsys):
+    def full(*args, **kwargs) -> CurationReport:
+        raise OSError(28, "No space left on device", "film.mp4")
+
+    monkeypatch.setattr("cinema.curation.curate", full)
+    assert main(["curate", "x.mp4", "-o", str(tmp_path)]) == 1
+    assert one_sentence(capsys) == "film.mp4: No space left on device; free or choose another place"
 
 
 def test_figures_that_cannot_be_kept_are_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file" / "figures.json"):
-        assert main(["doctor", "--json", str(path)]) == 1
+        assert main(["budget", "--json", str(path)]) == 1
         said = capsys.readouterr()
         assert "cannot be written there" in said.err and not said.out
 
@@ -216,3 +207,22 @@ def test_bench_of_curation_is_a_row_per_detector(tmp_path, capsys):
     assert figures["planes"]["found"] + figures["planes"]["missed"] > 0
     peaks = {name: cost["peak MiB"] for name, cost in figures["speed"].items() if isinstance(cost, dict)}
     assert len(peaks) == 4 and min(peaks.values()) > 20
+
+
+def test_doctor_says_what_is_here_and_no_secret(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CINEMA_LLM_BASE_URL", "http://me:secret@example.org/v1")
+    monkeypatch.setenv("CINEMA_LLM_API_KEY", "secret")
+    (tmp_path / "transformer").mkdir()
+    for name in ("model_index.json", "transformer/model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setenv("CINEMA_KEYFRAME_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("CINEMA_VIDEO_WEIGHTS", str(tmp_path / "none"))
+    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
+    facts = json.loads((tmp_path / "d.json").read_text())
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and "torch" in facts and "device" in facts
+    assert facts["preset toy"] == f"weights missing: video ({tmp_path / 'none'})"
+    assert facts["language model"].startswith("set") and "h264" in facts["video codecs"]
+    monkeypatch.setenv("CINEMA_VIDEO_WEIGHTS", str(tmp_path))
+    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
+    assert json.loads((tmp_path / "d.json").read_text())["preset toy"] == "weights present"
+    assert "secret" not in capsys.readouterr().out

@@ -11,7 +11,6 @@ import pytest
 import tiny
 import tiny_video
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from test_media import read_frames
 
 import cinema.movie
@@ -122,11 +121,11 @@ def test_work_of_another_film_is_refused(other: str, film: Path, preset: Preset,
 
 def test_plan_then_animate_is_the_same_film(film: Path, preset: Preset, tmp_path: Path) -> None:
     board = plan_storyboard(story(), tmp_path / "board", preset, seed=5)
-    assert [p.name for p in board.keyframes] == ["000.png", "001.png", "002.png"] and board.picture.is_file()
-    told = load_story(board.folder / "story.yaml")
+    assert [p.name for p in board.keyframes] == ["000.png", "001.png", "002.png"] and board.storyboard.is_file()
+    told = load_story(board.manifest.parent / "story.yaml")
     assert told.shots[2].keyframe == "keyframes/002.png" and told.shots[0].duration == 9 / 8
     assert json.loads(board.manifest.read_text())["keyframes"][2]["caption"] == CAPTIONS[2]
-    result = animate_storyboard(board.folder, tmp_path / "film.mp4", preset, seed=5)
+    result = animate_storyboard(board.manifest.parent, tmp_path / "film.mp4", preset, seed=5)
     assert result.film.read_bytes() == film.read_bytes()
 
 
@@ -173,10 +172,9 @@ def test_bad_places_are_one_sentence(preset: Preset, tmp_path: Path) -> None:
 def test_a_json_that_is_not_this_films_manifest_is_not_replaced(film: Path, preset: Preset, tmp_path: Path) -> None:
     for name, text in (("film.json", '{"title": "my story"}'), ("other.json", film.with_suffix(".json").read_text())):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match="give the film another name"):
+        with pytest.raises(UserError, match=rf"already has {name}, not of this work"):
             make_movie(story(), (tmp_path / name).with_suffix(".mp4"), preset)
         assert (tmp_path / name).read_text() == text
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_start_that_failed_leaves_the_folder_free(preset: Preset, tmp_path: Path) -> None:
@@ -191,36 +189,13 @@ def test_a_start_that_failed_leaves_the_folder_free(preset: Preset, tmp_path: Pa
     assert make_movie(story(), tmp_path / "film.mp4", preset).film.is_file()
 
 
-def test_a_shot_that_was_cut_off_is_made_again(film: Path, preset: Preset) -> None:
-    before, work = film.read_bytes(), film.with_name("film.work")
-    whole = (work / "shots" / "001.tiff").read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2]):
-        (work / "shots" / "001.tiff").write_bytes(damaged)
-        assert make_movie(story(), film, preset, seed=5).film.read_bytes() == before
-    with Image.open(work / "shots" / "000.tiff") as shot:
-        shot.save(work / "shots" / "001.tiff")  # one frame instead of nine
-    assert make_movie(story(), film, preset, seed=5).film.read_bytes() == before
-    assert (work / "shots" / "001.tiff").read_bytes() == whole
-
-
-def test_a_keyframe_from_elsewhere_may_say_what_it_likes(preset: Preset, tmp_path: Path) -> None:
-    text = PngInfo()
-    text.add_text("caption", "not JSON")
-    Image.new("RGB", (128, 64), "red").save(tmp_path / "mine.png", pnginfo=text)
-    save_story(Story(title="mine", shots=[Shot(caption="a wall", keyframe="mine.png")]), tmp_path / "story.yaml")
-    manifest = json.loads(animate_storyboard(tmp_path, tmp_path / "film.mp4", preset).manifest.read_text())
-    assert set(manifest["keyframes"][0]) == {"file", "sha256"}
-
-
-def test_a_full_disk_is_one_sentence_and_finished_shots_stay(
-    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_full_disk_finished_shots_stay(preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(cinema.movie, "_join", full)
-        with pytest.raises(UserError, match="make room and run it again"):
+        with pytest.raises(OSError, match="No space left"):  # of which the command line makes a sentence
             make_movie(story(), tmp_path / "film.mp4", preset, seed=5)
     assert len(list(tmp_path.rglob("*.tiff"))) == 3 and not (tmp_path / "film.mp4").exists()
 
@@ -259,7 +234,7 @@ def test_after_an_edit_only_what_depends_on_it_is_planned_again(preset: Preset, 
     plan_storyboard(edited, tmp_path / "board", preset, seed=5, edited=True)
     assert drawn == []
     short = plan_storyboard(story(CAPTIONS[:1]), tmp_path / "board", preset, seed=5, edited=True)
-    assert drawn == [] and [p.name for p in (short.folder / "keyframes").iterdir()] == ["000.png"]
+    assert drawn == [] and [p.name for p in short.keyframes] == ["000.png"]
     Image.new("RGB", (300, 100), "red").save(short.keyframes[0])  # by hand: it stays, and is remembered
     plan_storyboard(story(CAPTIONS[:2]), tmp_path / "board", preset, seed=5, edited=True)
     assert drawn == [CAPTIONS[1]]

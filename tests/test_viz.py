@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from cinema.viz import GAP, PAPER, film_strip
@@ -36,9 +35,3 @@ def test_numbers_are_those_given() -> None:
 def test_paths_will_do(tmp_path: Path) -> None:
     flat("red").save(tmp_path / "a.png")
     assert film_strip([tmp_path / "a.png"], width=64).tobytes() == film_strip([flat("red")], width=64).tobytes()
-
-
-@pytest.mark.parametrize(("images", "captions"), [([], None), ([flat("red")], ["a", "b"])])
-def test_nothing_and_mismatch_are_refused(images: list[Image.Image], captions: list[str] | None) -> None:
-    with pytest.raises(ValueError, match="pictures and"):
-        film_strip(images, captions)
