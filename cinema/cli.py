@@ -41,7 +41,7 @@ Pairs = Annotated[Any, typer.Option(metavar="<str>", help="Numbers of pairs, suc
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", callback=writable)]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.", min=0)]
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
-FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write, .mp4.")]
+FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write: .mp4 (H.264) or .webm (VP9).")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
 Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
 Width = Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)]
@@ -94,9 +94,12 @@ def animate(
     out: FilmFile,
     preset: Preset = None,
     seed: Seed = 0,
+    again: Annotated[list[int] | None, typer.Option(help="A shot of the film to draw anew, from 1 on.", min=1)] = None,
+    take: Annotated[int, typer.Option(help="Of what is drawn again: another take, another shot.", min=1)] = 1,
 ) -> None:
-    """Make a film from a planned storyboard."""
-    _watch("cinema.movie:animate_storyboard", storyboard, out, preset, seed)
+    """Make a film from a planned storyboard; of one that is made, draw some shots again and leave the others."""
+    anew = [shot - 1 for shot in again or ()]
+    _watch("cinema.movie:animate_storyboard", storyboard, out, preset, seed, again=anew, take=take)
     _say(f"{out}: written")
 
 

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import platform
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import IMAGEDESCRIPTION
 
 from cinema.config import WEIGHTS, KeyframeSettings, Preset, VideoSettings
 from cinema.errors import UserError
 from cinema.files import atomic, sweep, writable, write_json
 from cinema.keyframes import KeyframePlanner, check_weights, rename
-from cinema.media import film_writer
+from cinema.media import CODECS, Shots, film_writer, write_captions
 from cinema.progress import Progress
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
@@ -47,6 +49,7 @@ class MovieResult(Storyboard):
     """A finished film; its manifest has everything needed to make it again."""
 
     film: Path
+    captions: Path  #: a WebVTT track
 
 
 def make_movie(
@@ -56,11 +59,11 @@ def make_movie(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> MovieResult:
-    """Make a film (.mp4) of a story: plan its keyframes, animate its shots, join them with hard cuts.
+    """Make a film (.mp4 or .webm) of a story: plan its keyframes, animate its shots, join them with hard cuts.
 
-    Beside the film appear its storyboard (`.storyboard.png`), its manifest (`.json`) and the working folder (`.work`),
-    from which the same call goes on. UserError if the story, the preset's weights or a path cannot be used, or the
-    folder holds other work.
+    Beside the film appear its storyboard (`.storyboard.png`), its captions (`.vtt`), its manifest (`.json`) and the
+    working folder (`.work`), from which the same call goes on. UserError if the story, the preset's weights or a path
+    cannot be used, or the folder holds other work.
     """
     _check(story, out, preset)
     work = out.with_name(f"{out.stem}.work")
@@ -116,10 +119,14 @@ def animate_storyboard(
     preset: Preset,
     seed: int = 0,
     on_progress: Progress | None = None,
+    again: Collection[int] = (),
+    take: int = 1,
 ) -> MovieResult:
     """Make a film of a folder that `plan_storyboard` wrote; its pictures and captions may have been changed since.
 
-    UserError if the folder is no storyboard, a keyframe is missing or cannot be read, or as for `make_movie`.
+    Of a film that is made, shots can be drawn `again`, as another `take`, which sees the others and leaves them as they
+    are. UserError if the folder is no storyboard, a keyframe is missing or cannot be read, a shot is to be drawn again
+    that the film has not or before all are there, or as for `make_movie`.
     """
     script, work = folder / "story.yaml", out.with_name(f"{out.stem}.work")
     if not script.is_file():
@@ -135,18 +142,27 @@ def animate_storyboard(
     counts, paths = _check(story, out, preset), [work / "shots" / f"{i:03d}.tiff" for i in range(len(images))]
     digests = [sha256(image.tobytes()).hexdigest() for image in images]
     facts = _facts(story, seed, preset.video) | {"keyframes": digests}
-    result = MovieResult(out.with_suffix(".storyboard.png"), out.with_suffix(".json"), keyframes, out)
+    picture, manifest, captions = (out.with_suffix(ending) for ending in (".storyboard.png", ".json", ".vtt"))
+    result = MovieResult(picture, manifest, keyframes, out, captions)
     _begin(work / "film.job.json", facts, [work / "shots", result.manifest])
     sweep(out.parent, glob.escape(out.stem))
     drawn = {i: partial(_frames, path) for i, path in enumerate(paths) if path.is_file()}
+    if again and not {*again} <= {*drawn} == {*range(len(paths))}:
+        had = f"{len(drawn)} of {len(paths)} shots are there"
+        raise UserError(f"{out}: {had}; shots of a whole film can be drawn again: finish it first, and count from 1")
+    for i in again:
+        del drawn[i]
     if len(drawn) < len(paths):
         animator = Animator.from_preset(preset, _device())
-        for index, frames in animator.animate(story, images, seed, on_progress, drawn):
+        for index, frames in animator.animate(story, images, seed, on_progress, drawn, take if again else 0):
+            told = {"compression": "tiff_adobe_deflate", "description": str(take if again else 0)}
             with atomic(paths[index]) as part:
-                frames[0].save(part, save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
-    _join(paths, out, preset.video)
-    told = zip(story.shots, counts, accumulate(counts), strict=True)
-    shots = [{"start_frame": end - n, "end_frame": end, "caption": shot.caption} for shot, n, end in told]
+                frames[0].save(part, save_all=True, append_images=frames[1:], **told)
+    told = [(shot.caption, count) for shot, count in zip(story.shots, counts, strict=True)]
+    _join(paths, out, preset.video, told)
+    write_captions(result.captions, told, preset.video.fps)
+    spans = zip(told, accumulate(counts), map(_take, paths), strict=True)
+    shots = [{"start_frame": z - n, "end_frame": z, "caption": said, "take": take} for (said, n), z, take in spans]
     film: dict[str, Any] = {"file": out.name, "sha256": sha256(out.read_bytes()).hexdigest(), "frames": sum(counts)}
     film |= {"fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
     _write_papers(result, story, preset, seed, shots=shots, film=film)
@@ -165,9 +181,9 @@ def weights_identity(name: str) -> str:
     return digest.hexdigest()
 
 
-def _join(shots: list[Path], out: Path, settings: VideoSettings) -> None:
+def _join(shots: list[Path], out: Path, settings: VideoSettings, told: Shots) -> None:
     """Write the film with hard cuts."""
-    with film_writer(out, settings.width, settings.height, settings.fps) as add:
+    with film_writer(out, settings.width, settings.height, settings.fps, shots=told) as add:
         for path in shots:
             for frame in _frames(path):
                 add(frame)
@@ -178,11 +194,16 @@ def _frames(shot: Path) -> list[Image.Image]:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(frames)]
 
 
+def _take(shot: Path) -> int:
+    with Image.open(shot) as frames:
+        return int(frames.getexif()[IMAGEDESCRIPTION])
+
+
 def _check(story: Story, out: Path, preset: Preset) -> list[int]:
     """Frames of the shots, after what can be found wrong before the work."""
     check_weights(preset.video.weights, "video")
-    if out.suffix != ".mp4":
-        raise UserError(f"{out}: films are written as MP4; give a name that ends in .mp4")
+    if out.suffix not in CODECS:
+        raise UserError(f"{out}: films are written as H.264 or VP9; give a name that ends in {' or '.join(CODECS)}")
     writable(out)
     return [shot_frames(shot, preset.video) for shot in story.shots]
 

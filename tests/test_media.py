@@ -1,3 +1,4 @@
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -6,7 +7,7 @@ import pytest
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from cinema.media import film_writer
+from cinema.media import film_writer, write_captions
 
 COLOURS = [(214, 62, 52), (74, 160, 78), (62, 98, 214), (243, 240, 232), (0, 0, 0), (255, 255, 255)]
 
@@ -85,3 +86,39 @@ def test_what_fails_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="the camera broke"):
             fail(tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["old.mp4"] and (tmp_path / "old.mp4").read_bytes() == old
+
+
+def test_vp9_in_webm_comes_back_in_order_and_colour_and_the_same(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, COLOURS, crf=10) for name in ("a.webm", "b.webm"))
+    assert first.read_bytes() == second.read_bytes()
+    frames = read_frames(first)
+    assert len(frames) == len(COLOURS)
+    for frame, colour in zip(frames, COLOURS, strict=True):
+        assert np.abs((np.asarray(frame, float) - colour).mean((0, 1))).max() < 3
+    with av.open(str(first)) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt) == ("vp9", "yuv420p")
+
+
+SHOTS = [("<ada> & co, at home.", 2), ("a\nwide shot", 4)]
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".webm"])
+def test_every_shot_is_a_chapter(tmp_path: Path, ending: str) -> None:
+    path = (tmp_path / "a").with_suffix(ending)
+    with film_writer(path, 64, 32, 8, shots=SHOTS) as add:
+        for colour in COLOURS:
+            add(Image.new("RGB", (64, 32), colour))
+    with av.open(str(path)) as container:
+        chapters = container.chapters()
+    assert [c["metadata"]["title"] for c in chapters] == [caption for caption, _ in SHOTS]
+    spans = [(c["start"] * c["time_base"], c["end"] * c["time_base"]) for c in chapters]
+    assert spans == [(0, Fraction(1, 4)), (Fraction(1, 4), Fraction(3, 4))]
+
+
+def test_captions_are_a_track_of_escaped_cues(tmp_path: Path) -> None:
+    write_captions(tmp_path / "a.vtt", [*SHOTS, ("late", 8 * 3600)], 8)
+    assert (tmp_path / "a.vtt").read_text() == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:00.250\n&lt;ada&gt; &amp; co, at home.\n"
+        "\n00:00:00.250 --> 00:00:00.750\na wide shot\n\n00:00:00.750 --> 01:00:00.750\nlate\n"
+    )

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import tiny
 import tiny_video
@@ -68,6 +69,10 @@ def test_a_film_has_its_shots_and_its_papers(film: Path) -> None:
     with Image.open(film.with_suffix(".storyboard.png")) as picture:
         assert picture.width > 3 * 128
     assert not list(film.parent.rglob(".*part*"))
+    with av.open(str(film)) as container:
+        assert [chapter["metadata"]["title"] for chapter in container.chapters()] == CAPTIONS
+    cues = film.with_suffix(".vtt").read_text().split("\n\n")
+    assert len(cues) == 4 and cues[1].endswith(CAPTIONS[0].replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def test_killed_twice_it_ends_with_the_same_film(film: Path, preset: Preset, tmp_path: Path) -> None:
@@ -129,6 +134,24 @@ def test_plan_then_animate_is_the_same_film(film: Path, preset: Preset, tmp_path
     assert result.film.read_bytes() == film.read_bytes()
 
 
+def test_a_shot_drawn_again_leaves_the_others(preset: Preset, tmp_path: Path) -> None:
+    board, out = plan_storyboard(story(), tmp_path / "board", preset, seed=5), tmp_path / "film.mp4"
+    with pytest.raises(UserError, match="0 of 3 shots are there"):
+        animate_storyboard(board.manifest.parent, out, preset, 5, again=[1])
+    films = []
+    for options in ({}, {"again": [1], "take": 1}, {"again": [1], "take": 2}, {"again": [1], "take": 1}, {}):
+        result = animate_storyboard(board.manifest.parent, out, preset, 5, **options)
+        frames = [frame.tobytes() for frame in read_frames(result.film)]
+        takes = [shot["take"] for shot in json.loads(result.manifest.read_text())["shots"]]
+        assert takes == [0, options.get("take", 1 if films else 0), 0]
+        tiffs = [(tmp_path / "film.work" / "shots" / f"{i:03d}.tiff").read_bytes() for i in range(3)]
+        films.append((frames, tiffs))
+    assert len({tiffs[0] for _, tiffs in films}) == len({tiffs[2] for _, tiffs in films}) == 1
+    assert len({tiffs[1] for _, tiffs in films}) == 3 and films[1] == films[3] == films[4]
+    with pytest.raises(UserError, match="count from 1"):
+        animate_storyboard(board.manifest.parent, out, preset, 5, again=[3])
+
+
 def test_a_keyframe_drawn_by_hand_is_animated(preset: Preset, tmp_path: Path) -> None:
     Image.new("RGB", (256, 128), "red").save(tmp_path / "mine.png")
     save_story(Story(title="mine", shots=[Shot(caption="a red wall", keyframe="mine.png")]), tmp_path / "story.yaml")
@@ -158,7 +181,7 @@ def test_a_story_beside_is_not_overwritten(preset: Preset, tmp_path: Path) -> No
 
 
 def test_bad_places_are_one_sentence(preset: Preset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ends in \.mp4"):
+    with pytest.raises(UserError, match=r"ends in \.mp4 or \.webm"):
         make_movie(story(), tmp_path / "film.avi", preset)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):

@@ -172,7 +172,7 @@ def curate(
             job = waiting[number]
             reports[job.film] = report = job.fail(result.reason, again=False) if isinstance(result, Died) else result
             tally.tell(number, 1.0, report.reason or report.status)
-    for place in (folder, folder / CLIPS):
+    for place in (folder, folder / "clips"):
         sweep(place)
     write_card(folder)
     if address:
