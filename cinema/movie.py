@@ -155,9 +155,9 @@ def animate_storyboard(
     if len(drawn) < len(paths):
         animator = Animator.from_preset(preset, _device())
         for index, frames in animator.animate(story, images, seed, on_progress, drawn, take if again else 0):
-            told = {"compression": "tiff_adobe_deflate", "description": str(take if again else 0)}
+            about: Any = {"compression": "tiff_adobe_deflate", "description": str(take if again else 0)}
             with atomic(paths[index]) as part:
-                frames[0].save(part, save_all=True, append_images=frames[1:], **told)
+                frames[0].save(part, save_all=True, append_images=frames[1:], **about)
     told = [(shot.caption, count) for shot, count in zip(story.shots, counts, strict=True)]
     _join(paths, out, preset.video, told)
     write_captions(result.captions, told, preset.video.fps)
