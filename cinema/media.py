@@ -36,7 +36,9 @@ def film_writer(path: Path, width: int, height: int, fps: int, crf: int = 18, sh
     with atomic(path) as part, av.open(str(part), "w", options=wrapping) as container:
         ends = [*accumulate((count for _, count in shots), initial=0)]
         spans = enumerate(zip(ends[:-1], ends[1:], shots, strict=True))
-        chapters = [{"id": i, "start": a, "end": b, "metadata": {"title": told}} for i, (a, b, (told, _)) in spans]
+        chapters: list[Any] = [
+            {"id": i, "start": a, "end": b, "metadata": {"title": told}} for i, (a, b, (told, _)) in spans
+        ]
         container.set_chapters([chapter | {"time_base": Fraction(1, fps)} for chapter in chapters])
         stream: Any = container.add_stream(codec_name, rate=fps, options={"crf": str(crf)} | settings)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

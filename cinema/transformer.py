@@ -8,7 +8,7 @@ all pairs, `d` width, `k` head, `h` width of a head, `c` latent channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from itertools import groupby
 from typing import Any
 
@@ -279,10 +279,6 @@ class InterleavedFluxTransformer(flux.FluxTransformer2DModel):
         return out.unflatten(0, group.sigma.shape)
 
     def _run(self, block: torch.nn.Module, *args: Any) -> Any:
-        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
-            return block(*args)
-        # Who trains in half precision swaps parameters for the time of the call; running again needs the same ones.
-        swapped: dict[str, Any] = {k: p for k, p in block.named_parameters() if not isinstance(p, torch.nn.Parameter)}
-        again = partial(torch.func.functional_call, block, swapped)
-        run = (lambda *given: again(given)) if swapped else block
-        return self._gradient_checkpointing_func(run, *args)  # type: ignore[misc]
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)  # type: ignore[misc]
+        return block(*args)

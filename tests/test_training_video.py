@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_video
 import torch
 from diffusers import LTXConditionPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from einops import rearrange
 from PIL import Image
 
+from cinema.curation import GroundTruthAnnotator, curate
+from cinema.errors import UserError
+from cinema.interleave import CuratedFilms
+from cinema.toyworld.film import write_film
+from cinema.toyworld.world import sample_movie
 from cinema.training import make_task
 from cinema.training import video as training_video
-from cinema.training.autoencoder import VideoAutoencoderTask, clip_frames, clips_of_step, psnr
+from cinema.training.autoencoder import VideoAutoencoderTask, clip_frames, clips_of_step, psnr, to_tensor
 from cinema.training.config import Given, Stage, TrainConfig
 from cinema.training.loop import At, HalfPrecision, run_training
 from cinema.training.video import VideoTask
@@ -186,3 +193,46 @@ def test_it_trains_saves_and_stock_diffusers_draws(folders: dict[str, str], task
     ).frames
     assert video.shape == (1, 9, 3, 64, 128) and video.isfinite().all()
     assert (tmp_path / "run" / "samples" / "final.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A film, shot and curated as a film from outside, with the videos of its shots."""
+    folder = tmp_path_factory.mktemp("curated")
+    write_film(sample_movie("film", 4), folder / "film.mp4", letterbox=16)
+    curate([folder / "film.mp4"], folder / "out", annotator=GroundTruthAnnotator(), video=True, workers=1)
+    return folder / "out"
+
+
+def test_clips_of_curated_films_are_their_shots_without_bars(curated: Path) -> None:
+    movie, films = sample_movie("film", 4), CuratedFilms(curated, 17 / 8)
+    assert films.lengths == [4] and CuratedFilms(curated, 0.1).lengths == [4]
+    for shot, frames in zip(movie.shots, films.clips(0, 128, 17, 8), strict=True):
+        drawn = clip_frames(movie, shot, 128, 17)
+        assert psnr(rearrange(to_tensor(frames), "t c h w -> c t h w")[None], drawn[None]) > 30
+    slow = next(films.clips(0, 64, 5, 4))
+    assert [frame.size for frame in slow] == [(128, 64)] * 5
+    with pytest.raises(UserError, match="17 of 25 frames at 8 a second"):
+        next(films.clips(0, 128, 25, 8))
+    (curated / "clips" / "film.tar").rename(curated / "away.tar")
+    try:
+        with pytest.raises(UserError, match="curate the film again with --video"):
+            next(films.clips(0, 128, 17, 8))
+    finally:
+        (curated / "away.tar").rename(curated / "clips" / "film.tar")
+
+
+def test_adapters_of_a_base_learn_from_curated_films_and_stock_ltx_loads_them(curated: Path, tmp_path: Path) -> None:
+    base = tiny_video.pipeline_folder(tmp_path / "base")
+    options = {"data": str(curated), "cache": str(tmp_path / "cache"), "lora": 4, "recompute": True}
+    given = {"keyframes": 0.9, "shots": 0.5}
+    stages = [{"steps": 2, "batch": 2, "pairs": 2, "given": given}]
+    config = TrainConfig.model_validate(
+        {"task": "video", "init": str(base), "options": options, "stages": stages, "accumulate": 2, "sample_every": 0}
+    )
+    run = run_training(config, make_task("video", 0, str(base), options), tmp_path / "run", resume=False)
+    assert run.log[-1]["loss"] > 0 and all("lora" in name for name in run.ema)
+    pipeline = LTXConditionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(tmp_path / "run" / "weights")
+    theirs = {k: v for k, v in pipeline.transformer.state_dict().items() if "lora" in k}
+    assert len(theirs) == len(run.ema) and any(v.abs().max() > 0 for k, v in theirs.items() if "lora_B" in k)

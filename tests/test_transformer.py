@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cinema.bench_planner import dense_pairs
 from cinema.training.loop import HalfPrecision
+from cinema.training.stories import run_again
 from cinema.transformer import InterleavedFluxTransformer, PairGroup
 
 ATOL = 1e-5  # float32 sums in another order; outputs are of order 1
@@ -156,7 +157,7 @@ def test_gradient_checkpointing_works_in_half_precision() -> None:
 
     learner = Learner()
     plain = gradients(learner.transformer, HalfPrecision(learner)())
-    learner.transformer.enable_gradient_checkpointing()
+    learner.transformer.enable_gradient_checkpointing(run_again)
     again = gradients(learner.transformer, HalfPrecision(learner)())
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cinema.config import Preset, preset
 from cinema.errors import UserError
@@ -141,10 +142,20 @@ class FilmTask(Task):
             made.add_adapter(LoraConfig(r=self.lora, lora_alpha=self.lora, target_modules=ADAPTED))
             cast_training_params(made)  # adapters to float32
         if self.recompute:
-            made.enable_gradient_checkpointing()
+            made.enable_gradient_checkpointing(run_again)
         if self.compiled:
             made.compile_repeated_blocks()
         return made
+
+
+def run_again(block: nn.Module, *args: Any) -> Any:
+    """Gradient checkpointing of a block; diffusers calls it.
+
+    Who trains in half precision swaps parameters for the time of the call; running again needs the same ones.
+    """
+    swapped: dict[str, Any] = {k: p for k, p in block.named_parameters() if not isinstance(p, nn.Parameter)}
+    run = (lambda *given: torch.func.functional_call(block, swapped, given)) if swapped else block
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def save_adapters(pipeline: Any, folder: Path, transformer: Any) -> None:
