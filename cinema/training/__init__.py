@@ -34,7 +34,8 @@ def train(config: Path, out: Path, resume: bool = False, base: str | None = None
     told = load_config(config)
     told = told.model_copy(update={"init": base or told.init})
     check_memory(told)
-    return run_training(told, make_task(told.task, told.seed, told.init, told.options), out, resume, on_progress)
+    task = make_task(told.task, told.seed, told.init, told.options, on_progress)
+    return run_training(told, task, out, resume, on_progress)
 
 
 def check_memory(config: TrainConfig) -> None:
@@ -64,11 +65,11 @@ def task_kind(name: str) -> type[Task]:
     return getattr(import_module(f"cinema.training.{module}"), kind)
 
 
-def make_task(name: str, seed: int, init: str | None, options: dict) -> Task:
+def make_task(name: str, seed: int, init: str | None, options: dict, on_progress: Progress = quiet) -> Task:
     """The task of that name; UserError if there is none, it lacks an option or a folder, or an option does not fit."""
     kind = task_kind(name)
     try:
-        return kind(seed=seed, init=init, **options)
+        return kind(seed=seed, init=init, tell=on_progress, **options)
     except (TypeError, ValueError, IndexError, OSError) as error:  # what a number or a word that does not fit runs into
         reason = first_problem(error) if isinstance(error, ValidationError) else str(error).strip().split("\n")[0]
         raise UserError(f"task {name}: {reason.rstrip('.')}; train that part first, or correct the options") from None

@@ -159,10 +159,10 @@ class KeyframeTask(FilmTask):
         self.sides = levels(self.settings.height // PATCH, self.settings.memory_levels, self.settings.memory_ratio)
         self._streams = dict[int, Windows]()
         used: tuple[Any, ...] = vae, clip, t5
-        told = (self.sides, self.settings.text_tokens)
+        told = (self.sides, self.settings.text_tokens, [sorted(tokenizer.get_vocab().items()) for tokenizer in named])
         for encoder in used:
             encoder.to(processes().device)
-        self.latents = Cache(self.cache, self.films, used, told, self.encode)
+        self.latents = Cache(self.cache, self.films, used, told, self.encode, self.tell)
         for encoder in used:
             encoder.to("cpu")  # they are done, and the room is needed
         return KeyframeLearner(self.planner.transformer, len(named[1]) if self.recall else 0, self.settings)

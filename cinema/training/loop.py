@@ -102,6 +102,7 @@ class Task:
     seed: int
     init: str | None  #: weights to start from
     shape: dict[str, Any] = field(default_factory=dict, kw_only=True)  #: of a new model, its config's keys
+    tell: Any = field(default=quiet, kw_only=True, repr=False)  #: not an option: hears how far the data is prepared
 
     def __post_init__(self) -> None:
         if self.init and self.shape:

@@ -26,6 +26,7 @@ from cinema.errors import UserError
 from cinema.files import atomic
 from cinema.interleave import CuratedFilms, Films, ToyFilms
 from cinema.keyframes import load_parts
+from cinema.progress import Progress, quiet
 from cinema.training.loop import Task
 
 # What adapters are added to, of Flux and of LTX-Video, as the budget says.
@@ -52,11 +53,14 @@ class Cache:
         encoders: Iterable[nn.Module],
         settings: Any,
         encode: Callable[[int], Mapping[str, Tensor]],
+        on_progress: Progress = quiet,
     ) -> None:
-        self.folder = folder / f"{films.name}-{fingerprint(encoders, settings)}"
-        process = processes()
-        for film in range(process.process_index, len(films.lengths), process.num_processes):
+        drawn = films.variants(0), films.frames(0, 64)[0].tobytes()  # by other code, other films
+        self.folder = folder / f"{films.name}-{fingerprint(encoders, (settings, drawn))}"
+        process, count = processes(), len(films.lengths)
+        for film in range(process.process_index, count, process.num_processes):
             if not self._readable(film):
+                on_progress(film, count, "films encoded")
                 with atomic(self._path(film)) as part:
                     save_file({name: x.contiguous() for name, x in encode(film).items()}, part)
 

@@ -98,10 +98,10 @@ class VideoTask(FilmTask):
             t5, tokenizer = (self.part(kind, None, n, "video") for n, kind in TEXT.items())
         transformer = self.transformer(LTXVideoTransformer3DModel, "video", lambda: self._new(vae, t5))
         self.animator = Animator(transformer, vae, t5, tokenizer, self.settings, self.chosen.tags)
-        facts = self.settings.height, self.settings.frames, self.settings.fps, self.animator.levels
+        facts = (self.settings, self.animator.levels, sorted(tokenizer.get_vocab().items()))
         for encoder in (vae, t5):
             encoder.to(processes().device)
-        self.latents = Cache(self.cache, self.films, [vae, t5], facts, self.encode)
+        self.latents = Cache(self.cache, self.films, [vae, t5], facts, self.encode, self.tell)
         for encoder in (vae, t5):
             encoder.to("cpu")  # they are done, and the room is needed
         return VideoLearner(self.animator.transformer)
