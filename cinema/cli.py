@@ -30,7 +30,10 @@ bench = typer.Typer(help="Measure how good and how fast a part is.")
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    numbers = [int(number) for number in text.split(",")]
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{min(numbers)} pairs cannot be; give numbers from 1 on, such as 4,8,12")
+    return numbers
 
 
 # A callback or parser makes of what is typed what the command gets: `Any` is then a preset, and numbers.
@@ -77,8 +80,10 @@ def plan(
     retrieval: Annotated[
         str | None, typer.Option(help="Who chooses what is remembered: recency, clip, t5, random or oracle.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Keyframes that are drawn together.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")] = None,
+    window: Annotated[int | None, typer.Option(help="Keyframes that are drawn together.", min=1)] = None,
+    mask: Annotated[
+        Literal["full", "causal"] | None, typer.Option(help="Who sees whom: full, or causal, each the earlier ones.")
+    ] = None,
     edit: Annotated[bool, typer.Option("--edit", help="The story was edited: plan again what depends on it.")] = False,
     seed: Seed = 0,
 ) -> None:

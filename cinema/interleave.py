@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from cinema.curation.store import CuratedShot, read_done, read_film, read_rows
 from cinema.errors import UserError
 from cinema.toyworld.draw import render
+from cinema.toyworld.film import draw_clip
 from cinema.toyworld.world import Movie, sample_movie
 
 TRIES = 20  # draws of a window before one is taken that shares too much: a film may have no other
@@ -78,7 +79,7 @@ class ToyFilms:
         """The beginnings of all shots, so many frames each; here whole shots, whatever time they take."""
         movie = self.movie(film)
         for shot in movie.shots:
-            yield [render(movie, shot, height, time=i / max(1, frames - 1)) for i in range(frames)]
+            yield draw_clip(movie, shot, height, frames)
 
 
 _movie = lru_cache(maxsize=ROOM)(sample_movie)
@@ -126,21 +127,29 @@ class CuratedFilms:
         return [ImageOps.fit(picture.convert("RGB"), (2 * height, height)) for picture in pictures]
 
     def clips(self, film: int, height: int, frames: int, fps: int) -> Iterator[list[Image.Image]]:
-        """As in `ToyFilms`, of the picture area, pixels taken as squares. UserError if videos are missing or short."""
+        """As in `ToyFilms`, of the picture area, upright, with square pixels.
+
+        UserError if videos are missing or bad.
+        """
         path = self.paths[film]
         tar = path.parent / "clips" / f"{path.stem}.tar"
         if not tar.is_file():
             raise UserError(f"{tar}: there are no videos of shots; curate the film again with --video")
-        with tarfile.open(tar) as videos:
-            for shot in self._kept(read_film(path, images=False).shots):
-                area, taken = (shot.crop_left, shot.crop_top, shot.crop_right, shot.crop_bottom), list[Image.Image]()
-                with av.open(videos.extractfile(f"{shot.shot:05}.mp4"), "r") as container:
-                    for frame in container.decode(video=0):
-                        while len(taken) < frames and len(taken) <= (frame.time or 0.0) * fps + 1e-3:
-                            taken.append(ImageOps.fit(frame.to_image().crop(area), (2 * height, height)))
-                if len(taken) < frames:
-                    raise UserError(f"{path}: shot {shot.shot} has {len(taken)} of {frames} frames at {fps} a second")
-                yield taken
+        try:
+            with tarfile.open(tar, "r:") as videos:
+                for shot in self._kept(read_film(path, images=False).shots):
+                    area = shot.crop_left, shot.crop_top, shot.crop_right, shot.crop_bottom
+                    taken = list[Image.Image]()
+                    with av.open(videos.extractfile(f"{shot.shot:05}.mp4"), "r") as container:
+                        for frame in container.decode(video=0):
+                            while len(taken) < frames and len(taken) <= (frame.time or 0.0) * fps + 1e-3:
+                                taken.append(ImageOps.fit(frame.to_image().crop(area), (2 * height, height)))
+                    if len(taken) < frames:
+                        what = f"shot {shot.shot} has {len(taken)} of {frames} frames at {fps} a second"
+                        raise UserError(f"{path}: {what}; take this film out, or curate it again")
+                    yield taken
+        except (tarfile.TarError, KeyError, av.FFmpegError) as error:
+            raise UserError(f"{tar}: damaged ({error}); delete it and curate the film again") from None
 
 
 Films = ToyFilms | CuratedFilms

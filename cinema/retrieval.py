@@ -17,6 +17,7 @@ import open_clip
 import torch
 from jaxtyping import Float, Float16, Int
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -79,11 +80,20 @@ class Index:
     """
 
     def __init__(self, width: int) -> None:
-        self.vectors: Float16[Tensor, "n d"] = torch.empty(0, width, dtype=torch.float16)  #: what is kept, in order
+        self._room: Float16[Tensor, "room d"] = torch.empty(64, width, dtype=torch.float16)
+        self._count = 0
+
+    @property
+    def vectors(self) -> Float16[Tensor, "n d"]:
+        """What is kept, in order."""
+        return self._room[: self._count]
 
     def add(self, vectors: Float[Tensor, "n d"]) -> None:
-        """Append vectors, scaled to length 1; all are copied, so thousands are best added together."""
-        self.vectors = torch.cat([self.vectors, normalize(vectors.float(), dim=1).half()])
+        """Append vectors, scaled to length 1."""
+        while self._count + len(vectors) > len(self._room):
+            self._room = torch.cat([self._room, torch.empty_like(self._room)])
+        self._room[self._count : self._count + len(vectors)] = normalize(vectors.float(), dim=1)
+        self._count += len(vectors)
 
     def search(self, query: Float[Tensor, "d"], k: int) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
         """Numbers and cosines of the `k` best, best first; all if there are fewer. ValueError if it is empty."""
@@ -103,9 +113,12 @@ class Index:
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        """Read what `save` wrote."""
-        index = cls(0)
-        index.vectors = load_file(path)["vectors"]
+        """Read what `save` wrote; UserError if that is something else."""
+        try:
+            index, index._room = cls(0), load_file(path)["vectors"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path}: not an index of frames ({error}); make it again") from None
+        index._count = len(index._room)
         return index
 
 

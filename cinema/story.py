@@ -52,12 +52,19 @@ class Shot(_Model):
     `keyframe` and `clip` are paths relative to the folder of the story file; they never leave it.
     """
 
-    caption: str = Field(pattern=r"\S", max_length=4_000)
+    caption: str = Field(max_length=4_000)
     set: str | None = None
     duration: float = Field(default=2.125, gt=0, le=600, strict=True, description="seconds")
     keyframe: str | None = None
     clip: str | None = None
     source: Source | None = None
+
+    @field_validator("caption")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip() or re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
+            raise ValueError("the caption is blank or holds control characters; say in words what is seen")
+        return value
 
     @property
     def tags(self) -> list[str]:

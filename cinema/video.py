@@ -228,13 +228,14 @@ class Animator:
         spans = [every[i : i + settings.window] for i in every[::fresh] if not i or i + settings.overlap < len(every)]
         done, ready = dict[int, list[Image.Image]](), drawn or {}
         todo = [shots for w, shots in enumerate(spans) if not {*shots[settings.overlap * (w > 0) :]} <= {*ready}]
+        search = self._search(story, keyframes)
         for shots in todo:
             kept = shots[: settings.overlap] if shots[0] else shots[:0]
             message = f"shots {shots[len(kept)] + 1} to {shots[-1] + 1} of {len(every)}"
             tell = teller(on_progress, todo.index(shots) * settings.steps, len(todo) * settings.steps, message)
             seen = [i for i in shots if i in kept or (take and i in ready)]
             given = {i: ready[i]() if i in ready else done[i] for i in seen}
-            conditions = self._conditions(story, shots, keyframes, given)
+            conditions = self._conditions(story, shots, keyframes, given, search)
             kind = f"take {take} of shot" if take else "shot"
             for i, own in zip(shots, self._sample(story, shots, conditions, seed, kind, tell), strict=True):
                 if i not in kept and i not in ready:
@@ -274,19 +275,20 @@ class Animator:
                 told = f"a keyframe of {image.width} x {image.height} pixels does not have the film's aspect"
                 raise UserError(f"{told}, {width} x {height}; crop it first")
 
-    def _remembered(self, story: Story, shots: range, keyframes: Sequence[Image.Image]) -> dict[int, int]:
-        """Shots outside a window whose keyframes it remembers, in order of time, and their latent rows."""
-        room, group = len(self.levels) * self.settings.memory_group, self.settings.memory_group
-        others = [i for i in range(len(keyframes)) if i not in shots]
-        others.sort(key=lambda i: -min(abs(i - j) for j in shots))  # the nearest last, as if it were the newest
-        if not room or not others:
-            return {}
-        retriever = make_retriever(self.settings, self._states, str(self.transformer.device))
+    def _search(self, story: Story, keyframes: Sequence[Image.Image]) -> Callable[[range], list[int]]:
+        """Who tells, for the shots of a window, which others they need most: the nearest, or what retrieval finds."""
+        near = self.settings.retrieval == "recency"
         asked = [Moment(shot, describe(story, shot.caption)) for shot in story.shots]
-        for i in others:
-            retriever.add(replace(asked[i], image=keyframes[i]))
-        order = ranked(retriever, [asked[i] for i in shots], room)
-        return dict(sorted((others[j], self.levels[rank // group]) for rank, j in enumerate(order)))
+        retriever = make_retriever(self.settings, self._states, str(self.transformer.device))
+        for moment, keyframe in zip(asked, keyframes, strict=True) if self.levels and not near else ():
+            retriever.add(replace(moment, image=keyframe))
+
+        def search(shots: range) -> list[int]:
+            found = [*range(len(asked))] if near else ranked(retriever, [asked[i] for i in shots], len(asked))
+            found.sort(key=lambda i: min(abs(i - j) for j in shots) if near else 0)
+            return [i for i in found if i not in shots][: len(self.levels) * self.settings.memory_group]
+
+        return search
 
     def _states(self, caption: str) -> Float[Tensor, "t e"]:
         states, words = self.encode_text([caption])
@@ -298,9 +300,11 @@ class Animator:
         shots: range,
         keyframes: Sequence[Image.Image],
         given: Mapping[int, list[Image.Image]],
+        search: Callable[[range], list[int]],
     ) -> tuple[Window, Float[Tensor, "1 s c"], Bool[Tensor, "s"]]:
         """A window, its tokens as far as they are known, and which are; of `given` shots all are."""
-        seen = self._remembered(story, shots, keyframes)
+        order, group = search(shots), self.settings.memory_group
+        seen = dict(sorted((i, self.levels[rank // group]) for rank, i in enumerate(order)))  # in order of time
         sides = ([rows for i, rows in seen.items() if (i < shots[0]) == early] for early in (True, False))
         window = self.window([shot_frames(story.shots[i], self.settings) for i in shots], *sides)
         parts = [self.encode_picture(keyframes[i], rows) for i, rows in seen.items()]
@@ -329,7 +333,8 @@ class Animator:
         shared = Shot.model_construct(caption=global_caption(looks, [shot.caption for shot in told]))
         captions = rename(story.model_copy(update={"shots": [shared, *told]}), self.tags)
         lines = [captions, [""] * len(captions)] if settings.guidance > 1 else [captions]
-        states, words = (torch.stack(parts) for parts in zip(*map(self.encode_text, lines), strict=True))
+        texts = zip(*map(self.encode_text, lines), strict=True)
+        states, words = (torch.stack(parts).to(model.device) for parts in texts)
         sizes, kinds = [window.outside, *window.sizes], [(shots[0], "outside"), *((i, kind) for i in shots)]
         shapes = [(1, tokens, clean.shape[2]) for tokens in sizes]
         noise = [torch.randn(shape, generator=seeded(seed, *own)) for shape, own in zip(shapes, kinds, strict=True)]

@@ -189,7 +189,7 @@ def _read(storyline: str) -> WrittenStory:
                 setups.append(_setup(group, beat, place, setups[-1] if setups else None))
     looks, notes = _looks(cast)
     people = " and ".join(tag[1:-1].capitalize() for tag in [*looks][:2])
-    title = heading[1] if heading else f"{people}: {setups[0].place}"
+    title = (heading[1] if heading else f"{people}: {setups[0].place}")[:200]
     sets = {setup.place: world.sample_set(setup.place, random.Random(title)) for setup in setups}
     said, left_out = list[str](), list[str]()
     for number, tokens in enumerate(sentences, 1):

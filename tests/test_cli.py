@@ -123,7 +123,10 @@ def test_curate_reports_each_film_and_exits_3_when_some_failed(tmp_path, capsys)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["write"], ["frobnicate"], ["plan", "--frob"], ["budget", "--pairs", "4,x"], ["curate", "x", "--annotator", "me"]],
+    [
+        *(["write"], ["frobnicate"], ["plan", "--frob"], ["plan", "x", "-o", "y", "--mask", "z"]),
+        *(["budget", "--pairs", "4,x"], ["budget", "--pairs", "0"], ["curate", "x", "--annotator", "me"]),
+    ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, capsys):
     assert main(arguments) == 2

@@ -60,7 +60,7 @@ def test_json_is_a_story_too():
         ("- {name: forest}", "- {name: forest}\n  - {name: forest}", None, "list 'forest' twice"),
         ("sets:", "  - {tag: <cy>, description: friend of <zed>}\nsets:", 4, "<zed> is not in the cast"),
         ('"close', '"x"\n    duration: true\n    keyframe: "close', 10, "valid number (True is given)"),
-        ('"close', '" "\n    keyframe: "close', 9, "string should match pattern"),
+        ('"close', '" "\n    keyframe: "close', 9, "the caption is blank or holds control characters"),
         ("title: A walk", "schema_version: 99\ntitle: A walk", 1, "schema_version"),
         ("    caption: \"wide", "    clip: /etc/passwd\n    caption: \"wide", 8, "leaves the story's folder"),
     ],

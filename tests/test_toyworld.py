@@ -187,15 +187,22 @@ def test_settings_that_make_no_film(tmp_path: Path, wrong: dict) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_films_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+def test_films_go_on_where_they_stopped(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    options = {"shots": 2, "height": 32, "frames": 2}
-    films = write_films(3, 1, tmp_path, lambda done, total, what: told.append((done, total)), **options)
-    first = {p.name: p.read_bytes() for p in sorted(tmp_path.iterdir())}
+    films = write_films(
+        3, 1, tmp_path, lambda done, total, what: told.append((done, total)), shots=2, height=32, frames=2
+    )
+    first = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(tmp_path.iterdir())}
     assert len(first) == 6 and told == [(1, 3), (2, 3), (3, 3)]
+    films[1].with_suffix(".json").unlink()  # as if killed between film and truth
     (tmp_path / f".{films[1].stem}.part99.mp4").write_bytes(b"half")
-    write_films(3, 1, tmp_path, **options)
-    assert {p.name: p.read_bytes() for p in sorted(tmp_path.iterdir())} == first
+    films[2].unlink()
+    write_films(3, 1, tmp_path, shots=2, height=32, frames=2)
+    again = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(tmp_path.iterdir())}
+    assert {n: x[0] for n, x in again.items()} == {n: x[0] for n, x in first.items()}
+    assert again[films[0].name] == first[films[0].name] and again[films[1].name] != first[films[1].name]
+    write_films(1, 1, tmp_path, shots=2, height=48, frames=2)  # other settings: made anew
+    assert truth_of(films[0])["height"] == 48
 
 
 def test_a_toy_film_is_curated_with_its_true_captions(tmp_path: Path) -> None:
@@ -206,3 +213,20 @@ def test_a_toy_film_is_curated_with_its_true_captions(tmp_path: Path) -> None:
     kept = [(s.start_frame, s.end_frame, s.caption) for s in curated.shots if s.kept]
     assert len(kept) >= 4 and set(kept) <= {(s["start_frame"], s["end_frame"], s["caption"]) for s in truth}
     assert all((s.crop_top, s.crop_bottom) == (8, 136) for s in curated.shots)
+
+
+def test_boxes_hold_their_characters(tmp_path: Path) -> None:
+    movie = sample_movie("boxes", 4)
+    write_film(movie, tmp_path / "a.mp4", frames=1, letterbox=8)
+    for shot, setup in zip(truth_of(tmp_path / "a.mp4")["shots"], movie.shots, strict=True):
+        for actor, facts in zip(setup.actors, shot["actors"], strict=True):
+            alone = replace(setup, actors=(actor,))
+            with_it, without = (np.asarray(render(movie, s), int) for s in (alone, replace(setup, actors=())))
+            changed = np.abs(with_it - without).max(-1) > 70  # more than its shadow makes, on any ground
+            left, top, right, bottom = facts["box"]
+            inside = changed[top - 8 : bottom - 8, left:right]
+            assert inside.sum() > 0.98 * changed.sum() > 0.2 * inside.size  # a pixel's edge may change a little more
+            drawn = [np.flatnonzero(changed.any(k)) for k in (0, 1)]
+            edges = np.array([drawn[0][0], drawn[1][0] + 8, drawn[0][-1] + 1, drawn[1][-1] + 9])
+            assert np.abs(edges - facts["box"]).max() <= 3
+            assert facts | {"box": 0} == vars(actor) | {"box": 0}

@@ -258,12 +258,13 @@ def test_keyframes_outside_a_window_condition_it(folder: Path, shown: int) -> No
 def test_what_is_remembered_goes_by_levels_and_lies_before_and_after(folder: Path) -> None:
     animator = remembering(folder, memory_levels=3, memory_group=1, memory_ratio=(1.0, 2.0))
     told, keyframes = story([*CAPTIONS, CAPTIONS[0]]), pictures(4)
-    assert animator._remembered(told, range(2, 3), keyframes) == {1: 1, 3: 2}  # both are near; the later came last
-    window, clean, given = animator._conditions(told, range(2, 3), keyframes, {})
-    assert (window.before, window.after, window.outside) == ((1,), (2,), 10)
+    search = animator._search(told, keyframes)
+    assert search(range(2, 3)) == [1, 3]  # both are near
+    window, clean, given = animator._conditions(told, range(2, 3), keyframes, {}, search)
+    assert (window.before, window.after, window.outside) == ((2,), (1,), 10)
     assert given.sum() == 10 + 8 and clean[:, ~given].abs().max() == 0
     time = window.coordinates[0]
-    assert (time[:2] == -1).all() and (time[2:10] == 9 / 8).all() and time[10:].unique().tolist() == [0, 1 / 8]
+    assert (time[:8] == -1).all() and (time[8:10] == 9 / 8).all() and time[10:].unique().tolist() == [0, 1 / 8]
 
 
 def test_windows_overlap_and_go_on_from_what_is_drawn(folder: Path) -> None:

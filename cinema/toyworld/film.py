@@ -1,9 +1,11 @@
 """Shooting toy films: H.264 with hard cuts or with all that makes cutting hard, and beside ``a.mp4`` the exact truth.
 
-``a.json`` has the story, and for every shot its frames, caption, looks and actions."""
+``a.json`` has the story, and for every shot its frames, caption, looks, actions and boxes."""
 
+import json
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,20 @@ from cinema.files import sweep, write_json
 from cinema.media import film_writer
 from cinema.progress import Progress, quiet
 from cinema.toyworld.draw import render
-from cinema.toyworld.world import FPS, FRAMES, Movie, Setup, sample_movie
+from cinema.toyworld.reader import cut_out
+from cinema.toyworld.world import FPS, FRAMES, Actor, Movie, Setup, sample_movie
 
 OVERLAP = 4  # frames of a dissolve, and of each half of a fade
 BLACK = 3  # black frames in the middle of a fade, and around title cards
 TRANSITIONS = ("cut", "dissolve", "fade")
+SETTINGS = {
+    "height": 128,  #: pixels of the picture, even; it is twice as wide
+    "frames": FRAMES,  #: of every shot; with transitions at least 9
+    "transitions": False,  #: join shots by hard cuts, dissolves and fades through black, by chance; else by cuts
+    "letterbox": 0,  #: height of the black bar above, and of the one below, in pixels
+    "titles": False,  #: begin and end with a title card, each framed by black
+    "crf": 18,  #: x264's constant rate factor
+}
 
 
 def draw_clip(movie: Movie, setup: Setup, height: int = 128, frames: int = FRAMES) -> list[Image.Image]:
@@ -27,36 +38,19 @@ def draw_clip(movie: Movie, setup: Setup, height: int = 128, frames: int = FRAME
     return [render(movie, setup, height, k / max(1, frames - 1)) for k in range(frames)]
 
 
-def write_film(
-    movie: Movie,
-    path: Path,
-    on_progress: Progress = quiet,
-    *,
-    height: int = 128,
-    frames: int = FRAMES,
-    transitions: bool = False,
-    letterbox: int = 0,
-    titles: bool = False,
-    crf: int = 18,
-) -> Path:
+def write_film(movie: Movie, path: Path, on_progress: Progress = quiet, **options: Any) -> Path:
     """Write a movie as MP4, and its ground truth beside it; both appear whole or not at all, the truth last.
 
-    Gives the path of the truth. Its frame numbers count from 0, ends are exclusive; a dissolve is cut where the new
-    shot outweighs the old one, a fade where black ends; `cuts` has the end of each card, too.
-
-    Args:
-        height: pixels of the picture, even; it is twice as wide.
-        frames: of every shot; with transitions at least 9.
-        transitions: join shots by hard cuts, dissolves and fades through black, by chance; else by cuts.
-        letterbox: height of the black bar above, and of the one below, in pixels.
-        titles: begin and end with a title card, each framed by black.
-        crf: x264's constant rate factor.
-
-    Raises:
-        UserError: for an odd height.
+    `options` replace some of `SETTINGS`. Gives the path of the truth. Its frame numbers count from 0, ends are
+    exclusive; a dissolve is cut where the new shot outweighs the old one, a fade where black ends; `cuts` has the end
+    of each card, too. Boxes are [left, top, right, bottom] in pixels of the shot's first frame as drawn, without
+    shadows. UserError for settings that make no film.
     """
-    if height % 2:
-        raise UserError(f"{path}: a film {height} pixels high cannot be written; the height must be even")
+    height, frames, transitions, letterbox, titles, crf = (SETTINGS | options).values()
+    least = 2 * OVERLAP + 1 if transitions else 1
+    if frames < least or height < 16 or height % 2 or letterbox < 0:
+        what = f"{frames} frames a shot of {height} pixels with bars of {letterbox}"
+        raise UserError(f"{path}: {what} make no film; it takes {least} frames, 16 pixels (even), bars of 0 or more")
     size, sidecar, end = (2 * height, height + 2 * letterbox), path.with_suffix(".json"), 0
     captions, shots, cuts = iter(movie.captions()), list[dict[str, Any]](), list[int]()
     sidecar.unlink(missing_ok=True)  # it must never describe another film
@@ -67,23 +61,42 @@ def write_film(
             for image in pictures:
                 add(ImageOps.expand(image, (0, letterbox)))
             if setup:
+                actors = [asdict(a) | {"box": _box(movie, setup, a, height, letterbox)} for a in setup.actors]
                 looks = {actor.tag: asdict(movie.cast[actor.tag]) for actor in setup.actors}
                 span = {"start_frame": start, "end_frame": end, "caption": next(captions)}
-                shots.append(asdict(setup) | span | {"transition": transition, "looks": looks})
+                shots.append(asdict(setup) | span | {"transition": transition, "looks": looks, "actors": actors})
                 on_progress(len(shots), len(movie.shots), path.name)
-    truth = {"story": movie.story().model_dump(), "shots": shots, "cuts": cuts[1:], "bars": [letterbox, letterbox]}
+    truth = _identity(movie, options) | {"shots": shots, "cuts": cuts[1:], "bars": [letterbox, letterbox]}
     write_json(sidecar, truth | {"fps": FPS, "height": size[1], "width": size[0]})
     return sidecar
+
+
+def _box(movie: Movie, setup: Setup, actor: Actor, height: int, bar: int) -> list[int]:
+    solid = cut_out(movie.cast[actor.tag], setup, actor, height=height)[1] > 0.5
+    left, top, right, bottom = Image.fromarray(solid).getbbox() or (0, 0, 0, 0)
+    return [left, top + bar, right, bottom + bar]
+
+
+def _identity(movie: Movie, options: dict[str, Any]) -> dict[str, Any]:
+    """What a film is made of: where it is the same, so is the film."""
+    return {"story": movie.story().model_dump(), "settings": SETTINGS | options}
 
 
 def write_films(
     count: int, seed: int, out: Path, on_progress: Progress = quiet, *, shots: int = 8, **options: Any
 ) -> list[Path]:
-    """Write ``film-<seed>-00000.mp4`` and so on, of random movies, as `write_film` does; progress counts films."""
+    """Write ``film-<seed>-00000.mp4`` and so on, of random movies, as `write_film` does; progress counts films.
+
+    Those that are there already are kept as they are.
+    """
     films = [out / f"film-{seed}-{i:05d}.mp4" for i in range(count)]
     for i, path in enumerate(films):
+        movie, truth = sample_movie(f"film/{seed}/{i}", shots), dict[str, Any]()
         sweep(out, path.stem)
-        write_film(sample_movie(f"film/{seed}/{i}", shots), path, **options)
+        with suppress(OSError, ValueError):
+            truth = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if not path.is_file() or not _identity(movie, options).items() <= truth.items():
+            write_film(movie, path, **options)
         on_progress(i + 1, count, path.name)
     return films
 

@@ -20,7 +20,7 @@ class Given(BaseModel, extra="forbid"):
 
     keyframes: Share = 0.9  #: share of shots that begin on their keyframe
     outside: Share = 0.0  #: share of steps that show keyframes of shots outside the windows
-    shots: Share = 0.0  #: share of windows whose first shots are there, as the window before has drawn them
+    shots: Share = 0.0  #: share of windows whose first shots, one or more but not all, are there whole
 
 
 class Stage(BaseModel, extra="forbid", allow_inf_nan=False):

@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from cinema.budget import Work, parameters, peak_bytes, transformer_config
-from cinema.config import KeyframeSettings, Preset, preset
+from cinema.config import KeyframeSettings, preset
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.goldenmem import PATCH, Layout, coordinates, levels, shrink
 from cinema.interleave import Window, Windows
@@ -113,12 +113,6 @@ class KeyframeTask(FilmTask):
     context_sigma: Share = 0.25  #: upper bound of the context's noise
     context_dropout: Share = 0.0  #: share of windows whose context is nothing but noise
     caption_dropout: Share = 0.08  #: share of captions left empty, for guidance
-    memory: dict[str, Any] = field(default_factory=dict)  #: settings of the planner that are other than the preset's
-
-    @property
-    def chosen(self) -> Preset:
-        """As in `FilmTask`."""
-        return super().chosen.remembering(**self.memory)
 
     @classmethod
     def needed_bytes(cls, config: TrainConfig, processes: int = 1, sharded: bool = False) -> int:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from cinema.keyframes import load_parts
 from cinema.progress import Progress, quiet
 from cinema.training.loop import Task
 
-# What adapters are added to, of Flux and of LTX-Video, as the budget says.
+# What adapters are added to, of Flux, as the budget says, and of LTX-Video.
 ADAPTED = r".*attn[12]?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 
 
@@ -97,7 +98,8 @@ class FilmTask(Task):
     quantise: bool = False  #: keep the frozen base's blocks in 4 bits (NF4, Dettmers et al. 2023)
     recompute: bool = False  #: gradient checkpointing
     compiled: bool = False  #: torch.compile for every block
-    kind, seconds = "train", 0.0  # of toy movies, other kinds are others; that a shot of curated films lasts at least
+    memory: dict[str, Any] = field(default_factory=dict)  #: settings of the model's memory other than the preset's
+    kind = "train"  # of toy movies: other kinds are other movies
 
     @property
     def data_name(self) -> str:
@@ -105,9 +107,15 @@ class FilmTask(Task):
         return self.films.name
 
     @property
+    def seconds(self) -> float:
+        """That a shot of curated films lasts at least."""
+        return 0.0
+
+    @property
     def chosen(self) -> Preset:
         """What the model is to work with."""
-        return preset(self.preset)
+        chosen = preset(self.preset)
+        return replace(chosen.remembering(**self.memory), video=replace(chosen.video, **self.memory))
 
     @cached_property
     def films(self) -> Films:
@@ -128,7 +136,7 @@ class FilmTask(Task):
         if folder:
             return kind.from_pretrained(folder, torch_dtype=torch.bfloat16).eval().requires_grad_(False)
         if not self.init:
-            raise ValueError(f"there is neither a folder {name!r} nor an `init` that has one")
+            raise ValueError(f"there is neither a folder for the {name!r} nor an `init` that has one")
         return load_parts(self.init, pipeline, "bfloat16", "cpu", {name: kind})[0]
 
     def transformer(self, kind: Any, pipeline: str, new: Callable[[], Any]) -> Any:

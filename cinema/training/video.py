@@ -7,8 +7,10 @@ stage says how often it is there; the rest is drawn from the captions.
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +85,13 @@ class VideoTask(FilmTask):
     kind = "video"
 
     @property
-    def seconds(self) -> float:  # type: ignore[override]
-        """That a shot lasts at least."""
+    def seconds(self) -> float:
+        """As in `FilmTask`."""
         return self.chosen.video.frames / self.chosen.video.fps
 
     def build(self) -> VideoLearner:
         """A transformer on the latents of the autoencoder and the states of the T5, which are loaded first."""
-        self.settings = self.chosen.video
+        self.settings, self._places = self.chosen.video, lru_cache(maxsize=4096)(self._every_line)
         vae = self.part(AutoencoderKLLTXVideo, self.vae, "vae", "video")
         if self.keyframes:
             t5 = self.part(T5EncoderModel, self.keyframes / "text_encoder_2", "", "")
@@ -120,12 +122,17 @@ class VideoTask(FilmTask):
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
-        if stage.pairs > max(self.films.lengths):
-            raise UserError(f"{stage.pairs} shots, but the longest film has {max(self.films.lengths)}")
+        longest, most = max(self.films.lengths), self.settings.window
+        if stage.pairs > min(longest, most):
+            raise UserError(f"{stage.pairs} shots, but a window has {most} at most and the longest film {longest}")
+        if stage.given.outside and not self.animator.levels:
+            raise ValueError("keyframes outside need levels; set options.memory.memory_levels to 2 or more")
+        if stage.untold:
+            raise ValueError("untold is of keyframe models; leave it away")
 
-    def lines(self, film: int, shots: range) -> list[str]:
-        """Captions of a window as the animator tells them: the global one, then each shot's own."""
-        own = self.films.captions(film, range(self.films.lengths[film]))[shots.start : shots.stop]
+    def lines(self, film: int, shots: range, every: Sequence[str] = ()) -> list[str]:
+        """Captions of a window as the animator tells them: the global one, then each shot's own, of `every` caption."""
+        own = (every or self.films.captions(film, range(self.films.lengths[film])))[shots.start : shots.stop]
         return [global_caption(self.films.looks(film), own), *own]
 
     def encode(self, film: int) -> dict[str, Tensor]:
@@ -137,7 +144,7 @@ class VideoTask(FilmTask):
             kept["clips"].append(encode_clips(self.animator.vae, clip)[0])
             for rows in self.animator.levels:
                 kept[str(rows)].append(self.animator.encode_picture(frames[0], rows)[0])
-        kept["states"], kept["words"] = (list(x) for x in self.animator.encode_text(self._variants(film)))
+        kept["states"], kept["words"] = (list(x) for x in self.animator.encode_text([*self._places(film)]))
         return {k: torch.stack(x).to("cpu", torch.bfloat16 if k != "words" else torch.bool) for k, x in kept.items()}
 
     def batch(self, stage: Stage, at: At) -> Batch:
@@ -188,11 +195,13 @@ class VideoTask(FilmTask):
             pictures += [frames[i] for i in moments]
         save_sheet(path, to_tensor(pictures), columns=5)
 
-    def _variants(self, film: int) -> list[str]:
-        """Every line that a window of this film may have."""
+    def _every_line(self, film: int) -> dict[str, int]:
+        """Every line that a window of this film may have, and its place in the cache."""
         length, most = self.films.lengths[film], self.settings.window
         spans = [range(i, i + n) for n in range(1, most + 1) for i in range(length - n + 1)]
-        return [*dict.fromkeys(line for span in spans for line in self.lines(film, span)), ""]
+        every = self.films.captions(film, range(length))
+        lines = {line: None for span in spans for line in self.lines(film, span, every)} | {"": None}
+        return {line: i for i, line in enumerate(lines)}
 
     def _layout(self, stage: Stage, rng: random.Random) -> tuple[int, Window]:
         """How many keyframes precede a step's windows, and what these look like, with the pictures outside."""
@@ -216,8 +225,8 @@ class VideoTask(FilmTask):
         told = self.lines(film, shots) if rng.random() >= self.caption_dropout else [""] * (stage.pairs + 1)
         names = ["clips", "states", "words", *dict.fromkeys(map(str, outside))]
         kept = dict(zip(names, self.latents.read(film, *names), strict=True))
-        places = {line: i for i, line in enumerate(self._variants(film))}
-        own, rows = rearrange(kept["clips"][shots.start : shots.stop], "k s c -> (k s) c"), [places[x] for x in told]
+        places, own = self._places(film), rearrange(kept["clips"][shots.start : shots.stop], "k s c -> (k s) c")
+        rows = [places[line] for line in told]
         pictures = [kept[str(side)][shot] for side, shot in zip(outside, seen, strict=True)]
         return torch.cat([*pictures, own]).float(), kept["states"][rows].float(), kept["words"][rows]
 
@@ -227,7 +236,7 @@ class VideoTask(FilmTask):
         """Noise level of each token of a window, and 1 where it learns."""
         given = stage.given
         chance = torch.rand(stage.pairs + 2, generator=generator)
-        whole = int(chance[-2] * stage.pairs) if chance[-1] < given.shots else 0  # fewer than there are
+        whole = 1 + int(chance[-2] * (stage.pairs - 1)) if chance[-1] < given.shots and stage.pairs > 1 else 0
         clean = torch.rand(stage.pairs + 1, generator=generator) * self.keyframe_sigma  # the last place is outside's
         sigma = sample_sigma((stage.pairs,), generator, shift=stage.shift or self.shift)
         keyframed = torch.cat([chance[:-2] < given.keyframes, torch.tensor([False])])
