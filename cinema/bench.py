@@ -164,10 +164,10 @@ def measure(film: Path) -> dict[str, Any]:
 
 
 def bench_curate(folder: Path, on_progress: Progress = quiet) -> dict[str, Any]:
-    """Compare all detectors on a folder's films with truth beside them, and measure speed on its largest film.
+    """Compare all detectors on a folder's films with truth beside them, and measure speed on the largest of these.
 
     Raises UserError as `compare`.
     """
-    films = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    films = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and read_truth(path)]
     figures = compare(films, DETECTORS, on_progress)
     return figures | {"speed": measure(max(films, key=lambda film: film.stat().st_size))}

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import openai
@@ -12,6 +14,7 @@ import openai
 from cinema.errors import UserError
 
 SETTINGS = ("CINEMA_LLM_BASE_URL", "CINEMA_LLM_API_KEY", "CINEMA_LLM_MODEL")
+PATIENCE_S = 120  # openai's client waits as long as a server asks it to, up to this; then it does not ask again
 Answer = TypeVar("Answer")
 
 
@@ -50,10 +53,17 @@ class Endpoint:
 
 
 def endpoint_from_environment(needed: tuple[str, ...] = SETTINGS) -> Endpoint:
-    """The endpoint that SETTINGS name; UserError tells which of those `needed` is missing."""
+    """The endpoint that SETTINGS name; UserError tells which of those `needed` is missing, or which is none."""
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"a server's model is asked by address, key and name; set {missing[0]}")
-    return Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
+    told = Endpoint(*(os.environ.get(name) or "none" for name in SETTINGS))
+    if not told.api_key.isascii():
+        raise UserError(f"{SETTINGS[1]} holds letters that no key has; correct it")
+    try:
+        openai.OpenAI(base_url=told.base_url, api_key="none").close()
+    except Exception:  # its name depends on what openai is built on; its text may hold part of a password
+        raise UserError(f"{SETTINGS[0]} is no address; correct it, to such as http://localhost:8000/v1") from None
+    return told
 
 
 def converse(say: Say, system: str, question: Any, read: Callable[[Reply], Answer]) -> Answer:
@@ -105,12 +115,21 @@ def connect(
         yield say
 
 
+def _seconds(wait: str) -> float:
+    """Of a Retry-After, which is a number or a date; none if it is neither."""
+    with contextlib.suppress(ValueError, TypeError):
+        return float(wait) if wait[:1].isdigit() else parsedate_to_datetime(wait).timestamp() - time.time()
+    return 0.0
+
+
 def _refusal(error: openai.APIError, host: str) -> Reply:
     """What a model says by refusing a request; else raises ServerError."""
     if error.code in ("content_filter", "content_policy_violation"):
         return Reply("", "content_filter")
     if isinstance(error, openai.APIStatusError):
-        passes = error.status_code not in (401, 402, 403, 404) and error.code != "insufficient_quota"
-        raise ServerError(host, f"answers {error.status_code} {error.response.reason_phrase}", passes) from None
+        status, wait = error.status_code, _seconds(error.response.headers.get("retry-after", ""))
+        passes = status not in (401, 402, 403, 404) and error.code != "insufficient_quota" and wait <= PATIENCE_S
+        asks = f", and asks to wait for {wait:.0f} s" * (wait > 0)
+        raise ServerError(host, f"answers {status} {error.response.reason_phrase}{asks}", passes) from None
     late = isinstance(error, openai.APITimeoutError)
     raise ServerError(host, "does not answer" + " in time" * late, passes=late) from None

@@ -141,11 +141,19 @@ def curate(
     options: dict[str, Any] = {"height": preset.keyframes.height, "detector": detector, "video": video, "ray": ray}
     options |= {"max_requests": max_requests, "workers": workers}
     found = curation.find_films(films, out)
-    result = _watch("cinema.curation:curate", found, out, annotator=makers[annotator](), **options)
+    stopped = None
+    try:
+        result = _watch("cinema.curation:curate", found, out, annotator=makers[annotator](), **options)
+    except curation.StoppedError as error:
+        if not (result := error.report):
+            raise
+        stopped = error
     columns = "status", "shots", "kept", "reason"
     _show(result, json, {curation.shown(str(f.film)): {c: getattr(f, c) for c in columns} for f in result.films})
-    if report:
+    if report and any(f.status != "waiting" for f in result.films):
         _say(f"{curation.write_report(out)}: open it in a browser")
+    if stopped:
+        raise stopped
     if result.failed:
         _say(f"{len(result.failed)} of {len(result.films)} films could not be curated; the table says why")
         raise typer.Exit(3)

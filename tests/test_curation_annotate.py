@@ -311,6 +311,24 @@ def test_the_spending_limit_ends_a_run_and_the_next_one_goes_on(serve, tmp_path,
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_what_was_done_before_the_limit_is_described_shown_and_sent(serve, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CINEMA_PRESET", "toy")
+    films = [make_film(tmp_path / f"{name}.mp4", [9]) for name in "ab"]
+    serve([json.dumps({"caption": "A door.", "tags": []})])
+    command = ["curate", *map(str, films), "-o", f"local://{tmp_path}/there", "--annotator", "vision", "--workers", "1"]
+    command += ["--report", "--json", str(tmp_path / "j.json"), "--max-requests"]
+    for limit, statuses in (("0", ["waiting", "waiting"]), ("1", ["ok", "waiting"])):
+        assert main([*command, limit]) == 1
+        said = capsys.readouterr()
+        assert said.err.splitlines()[-1].startswith("the spending limit is reached") and "waiting" in said.out
+        assert [f["status"] for f in json.loads((tmp_path / "j.json").read_text())["films"]] == statuses
+    there = tmp_path / "there"
+    sent = {"README.md", "a.parquet", "a.done.json", "report/index.html", "report/films/a.html"}
+    assert all((there / name).is_file() for name in sent) and not (there / "b.done.json").exists()
+    assert "1 film" in (there / "README.md").read_text()
+
+
 def test_every_film_may_have_a_character_bank_of_its_own(serve, tmp_path):
     server = serve([GOOD])
     (tmp_path / "a.yaml").write_text("cast: [{tag: <ada>, description: green}]\n")
@@ -341,6 +359,35 @@ def test_a_wrong_key_or_no_server_stops_the_run_and_leaves_no_film(serve, slept,
     with pytest.raises(StoppedError, match=r"^127\.0\.0\.1: .* its server does not answer;"):
         curate_film(film, tmp_path / "out", annotator=VisionAnnotator(CAST), height=64)
     assert len(slept) == 4 and not list((tmp_path / "out").glob("[!.]*.parquet"))
+
+
+@pytest.mark.parametrize("wait", ["3600", "date"])
+def test_a_server_that_asks_for_a_long_pause_stops_the_run_and_says_how_long(serve, slept, tmp_path, wait):
+    film = make_film(tmp_path / "a.mp4", [12, 12])
+    date = formatdate(time.time() + 3600, usegmt=True)
+    server = serve([{"status": 429, "headers": {"Retry-After": date if wait == "date" else wait}}])
+    with pytest.raises(StoppedError, match=r"answers 429 .*, and asks to wait for (3600|359\d) s; .* or wait"):
+        curate([film], tmp_path / "out", annotator=VisionAnnotator(CAST), height=64)
+    assert len(server.asked) == 1 and not list((tmp_path / "out").glob("*.done.json"))
+    serve([{"status": 429, "headers": {"Retry-After": "soon"}}])
+    (caption,) = VisionAnnotator(CAST, retries=0).caption(Path("a.mp4"), [shot()])
+    assert caption.retry and "wait for" not in caption.reason
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("BASE_URL", "http://[::1"), ("BASE_URL", "http://me:se/cret@host"), ("API_KEY", "kéy"), ("API_KEY", "k\udcff")],
+)
+def test_an_address_or_key_that_is_none_stops_the_run_and_leaves_films_undone(
+    serve, tmp_path, monkeypatch, capsys, setting, value
+):
+    serve([GOOD])
+    monkeypatch.setenv(f"CINEMA_LLM_{setting}", value)
+    film = make_film(tmp_path / "a.mp4", [9])
+    assert main(["curate", str(film), "-o", str(tmp_path / "out"), "--annotator", "vision"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"CINEMA_LLM_{setting} ") and "correct it" in said and "se" not in said.split()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("missing", ["CINEMA_LLM_BASE_URL", "CINEMA_LLM_API_KEY", "CINEMA_LLM_MODEL"])

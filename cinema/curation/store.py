@@ -24,7 +24,9 @@ LONGEST = 600.0  # seconds that a Story's shot may last
 
 
 class StoppedError(UserError):
-    """The whole run cannot go on, not only one film."""
+    """The whole run cannot go on, not only one film; of `curate`, its `report` says what was done before."""
+
+    report: Any = None  # a CurationReport
 
 
 @dataclass(frozen=True)
