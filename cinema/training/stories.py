@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -114,8 +114,7 @@ class FilmTask(Task):
     @property
     def chosen(self) -> Preset:
         """What the model is to work with."""
-        chosen = preset(self.preset)
-        return replace(chosen.remembering(**self.memory), video=replace(chosen.video, **self.memory))
+        return preset(self.preset).remembering(**self.memory)
 
     @cached_property
     def films(self) -> Films:

@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
+from cinema.config import Preset, preset
 from cinema.errors import UserError
 from cinema.flow import add_noise, sample_sigma, velocity
 from cinema.keyframes import seeded
@@ -83,6 +84,12 @@ class VideoTask(FilmTask):
     keyframe_sigma: Share = 0.05  #: upper bound of the noise on what conditions
     caption_dropout: Share = 0.05  #: share of windows without words, for guidance
     kind = "video"
+
+    @property
+    def chosen(self) -> Preset:
+        """As in `FilmTask`."""
+        known = preset(self.preset)
+        return replace(known, video=replace(known.video, **self.memory))
 
     @property
     def seconds(self) -> float:
