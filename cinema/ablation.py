@@ -44,6 +44,7 @@ LEARNED = "learned"
 MOVIES = 400  # that weights are trained on
 TRAINED = "trained"  # of a row: options, and stages, with which weights are trained, for `tune` steps in all
 FRESH = "fresh"  # of these: weights from nothing, not the preset's
+RATES = "rates"  # of these: another optimiser
 FEW = 40  # movies that a model overfits to
 SINGLE, FOUR = {"batch": 24, "pairs": 1}, {"batch": 8, "pairs": 4}
 EIGHT, LONG = {"batch": 4, "pairs": 8, "group": 4}, {"batch": 4, "pairs": 12, "group": 4}
@@ -73,6 +74,14 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     | {
         f"1 for {share:.0%}, then 12": {TRAINED: {FRESH: True, "stages": [(share, SINGLE), (1 - share, LONG)]}}
         for share in (0.25, 0.5, 0.75)
+    },
+    "optimizer": {
+        name: {TRAINED: {FRESH: True, "stages": [(0.4, SINGLE), (0.6, FOUR)], RATES: rates}}
+        for name, rates in {
+            "Muon for matrices": {},
+            "AdamW": {"muon_lr": None},
+            "AdamW in 8 bits": {"muon_lr": None, "optimizer": "adamw8bit"},
+        }.items()
     },
     "stride": {f"steps of 1 to {n}": {TRAINED: {"stride": n, "movies": FEW}} for n in (3, 1)},
     "noise": {
@@ -170,6 +179,7 @@ def _tuned(preset: Preset, trained: dict[str, Any], steps: int, seed: int, out: 
     if told.pop(FRESH, False):
         rates = {"init": None, "lr": 8e-4, "muon_lr": 1.2e-2}
         options |= {part: str(Path(base) / folder) for part, folder in PARTS.items()} | {"recall": 0.1}
+    rates |= told.pop(RATES, {})
     rest: dict[str, Any] = {"options": options | told, "stages": stages, "warmup": 20} | rates
     config = TrainConfig(task="keyframes", seed=seed, **rest)
     unsaid: Any = {"init": True, "options": {"cache", *PARTS}}

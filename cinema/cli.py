@@ -188,18 +188,49 @@ def toyworld(
 
 @app.command()
 def evaluate(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STORYBOARD_OR_FILM... | stress]", help="What to score; else held-out toy stories."),
+    ] = None,
     stories: Annotated[int, typer.Option(help="How many held-out stories.", min=1)] = 20,
     shots: Shots = 8,
+    pairs: Pairs = "8,16,24,32,48",
     looks: Annotated[
         Literal["train", "unseen", "all"], typer.Option(help="Seen in training, held out, or any.")
     ] = "train",
     given: Annotated[int, typer.Option(help="First shots that are shown, and not described.", min=0)] = 0,
+    embedder: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="From pictures to vectors that tell characters apart.")
+    ] = None,
+    judge: Annotated[
+        Literal["vision", "truth"] | None, typer.Option(help="Also six aspects by a vision model, or by the truth.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a page with the figures and frames of films.")] = None,
+    vbench: Annotated[Path | None, typer.Option(help="Folder for films as VBench reads them.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Earlier figures (JSON): fail if one has fallen.")] = None,
     preset: Preset = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Plan held-out toy stories and read from the pixels whether sets, looks and positions are as captioned."""
-    _show(_watch("cinema.evaluation:evaluate_stories", preset, stories, shots, seed, looks, given), json)
+    """Score films and storyboards; or held-out toy stories, which it plans; for `stress`, longer and longer ones."""
+    from cinema import evaluation
+
+    before = evaluation.read_figures(against) if against else {}
+    if what == ["stress"]:
+        figures = _watch("cinema.evaluation:stress", preset, pairs, stories, seed, json)
+        shown = {
+            f"{row['pairs']} pairs, {row['memory']}": {key: row[key] for key in evaluation.STRESSED} for row in figures
+        }
+    elif what:
+        made = evaluation.load_embedder(embedder) if embedder else None
+        films, extras = [Path(name) for name in what], {"judge": judge, "report": report, "vbench": vbench}
+        figures = _watch("cinema.evaluation:evaluate_films", films, preset, made, **extras)
+        shown = {name: {"value": value, "ci95": figures["ci95"][name]} for name, value in figures["mean"].items()}
+    else:
+        shown = figures = _watch("cinema.evaluation:evaluate_stories", preset, stories, shots, seed, looks, given)
+    _show(figures, json, shown)
+    if worse := evaluation.fallen(figures, before):
+        raise UserError(f"{against}: {len(worse)} of its figures have fallen ({'; '.join(worse)}); find out why")
 
 
 @app.command()

@@ -9,7 +9,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from cinema import evaluation as module
 from cinema.config import TOY, Preset
 from cinema.errors import UserError
 from cinema.evaluation import (
@@ -21,6 +20,7 @@ from cinema.evaluation import (
     score_clip,
     score_keyframes,
 )
+from cinema.evaluation import stories as module
 from cinema.keyframes import Keyframe, KeyframePlanner
 from cinema.story import Story
 from cinema.toyworld.draw import render, render_looks

@@ -160,6 +160,17 @@ class Journal:
         with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, **asdict(reply)}) + "\n")
 
+    def asking(self, model: Say, *asked: str | int) -> Say:
+        """A model that is asked for what is not in the journal only; `asked` tells the question from others."""
+
+        def say(messages: list[Any]) -> Reply:
+            key = (*asked, len(messages) // 3)  # 1 for the repair
+            if key not in self.answers:
+                self.add(key, model(messages))
+            return self.answers[key]
+
+        return say
+
 
 class ModelAnnotator(Annotator):
     """Asks a vision model for captions, shot by shot, and keeps its answers in a journal, so nothing is asked twice.
@@ -209,13 +220,6 @@ class ModelAnnotator(Annotator):
         question = [{"type": "text", "text": facts}, {"type": "image_url", "image_url": {"url": url}}]
         asked = hashlib.sha256(frame).hexdigest(), self.model, _prompt_hash(cast)
 
-        def say(messages: list[Any]) -> Reply:
-            key = (*asked, len(messages) // 3)  # 1 for the repair
-            if (reply := journal.answers.get(key)) is None:
-                reply = model(messages)
-                journal.add(key, reply)
-            return reply
-
         def read(reply: Reply) -> Caption:
             if reply.finish == "content_filter":
                 return Caption(kept=False, reason="BLOCKED: the model declined to describe this frame")
@@ -227,7 +231,7 @@ class ModelAnnotator(Annotator):
             return Caption(answer.caption, answer.tags)
 
         try:
-            return converse(say, PROMPT, question, read)
+            return converse(journal.asking(model, *asked), PROMPT, question, read)
         except ServerError as error:
             if not error.passes:
                 raise StoppedError(str(error)) from None

@@ -39,7 +39,7 @@ def write_report(out: Path | str) -> Path:
     lasts, reasons = ([one for page in pages.values() for one in page[name]] for name in ("lasts", "reasons"))
     films = [{"page": ""} | film | pages.get(stem, {}) for stem, film in done.items()]
     page = folder / "report" / "index.html"
-    _write(page, "index.html", title="Curated films", films=films, **_charts(lasts, reasons))
+    write_page(page, "index.html", title="Curated films", films=films, **_charts(lasts, reasons))
     if folder != Path(out):
         send(folder, str(out), "report/**/*.html")
     return page
@@ -48,7 +48,7 @@ def write_report(out: Path | str) -> Path:
 def write_card(out: Path) -> None:
     """Write `out`/README.md, the data card: what was made of what, how, and what is unknown."""
     if films := list(read_all_done(out).values()):
-        _write(out / "README.md", "card.md", films=films)
+        write_page(out / "README.md", "card.md", films=films)
 
 
 def _write_film_page(out: Path, stem: str, done: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +56,11 @@ def _write_film_page(out: Path, stem: str, done: dict[str, Any]) -> dict[str, An
     film = read_film(out / f"{stem}.parquet", images=False)
     tags = dict.fromkeys(tag for shot in film.shots for tag in shot.tags)
     named = {tag: [shot for shot in film.shots if tag in shot.tags] for tag in tags}
-    pictures = [_thumb(shot.image) if shot.image else "" for shot in read_rows(out / f"{stem}.parquet")]
+    pictures = [thumb(shot.image) if shot.image else "" for shot in read_rows(out / f"{stem}.parquet")]
     lasts, reasons = [s.end_s - s.start_s for s in film.shots], [s.reason for s in film.shots if not s.kept]
     about = {"title": film.film, "film": done, "shots": film.shots, "cast": film.cast, "named": named}
     path = out / "report" / "films" / f"{stem}.html"
-    _write(path, "film.html", pictures=pictures, **about, **_charts(lasts, reasons))
+    write_page(path, "film.html", pictures=pictures, **about, **_charts(lasts, reasons))
     return {"page": "films/" + quote(os.fsencode(f"{stem}.html")), "lasts": lasts, "reasons": reasons}
 
 
@@ -71,7 +71,7 @@ def _charts(lasts: Sequence[float], reasons: Sequence[str]) -> dict[str, list[tu
     return {"lengths": [(bar, lengths[i]) for i, bar in enumerate(bars)], "rejections": kinds.most_common()}
 
 
-def _thumb(image: bytes) -> str:
+def thumb(image: bytes) -> str:
     """A small copy of a JPEG as a data: address."""
     picture, buffer = Image.open(io.BytesIO(image)), io.BytesIO()
     picture.draft("RGB", (THUMB, THUMB // 2))
@@ -85,7 +85,8 @@ def _cell(value: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", " ".join(str(value).split()))
 
 
-def _write(path: Path, template: str, **content: Any) -> None:
+def write_page(path: Path, template: str, **content: Any) -> None:
+    """Write a page from a template; all content is escaped."""
     pages = jinja2.Environment(autoescape=jinja2.select_autoescape(), undefined=jinja2.StrictUndefined)
     pages.loader = jinja2.FileSystemLoader(Path(__file__).parent / "pages")
     pages.trim_blocks = pages.keep_trailing_newline = True

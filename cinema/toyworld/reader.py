@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from cinema.toyworld.draw import PARALLAX, camera_at, character, filmed, glue
+from cinema.toyworld.draw import PARALLAX, ZOOM, camera_at, character, filmed, glue
 from cinema.toyworld.world import ACTIONS, CAMERAS, PLACES, POSITIONS, SIZES, Actor, Look, Setup, all_looks
 
 HEIGHT = 128  # pixels that every frame is read at
@@ -26,6 +26,9 @@ ANYTHING = 0.03  # highest price of a background pixel
 WRONG = 0.06  # highest price of a pixel that a character should explain
 THERE = 0.1  # least confidence of a character that is there; on empty sets nothing gets above 0
 FINALISTS = 16  # looks that are compared at full resolution
+HORIZONS = np.linspace(0.52, 0.66, 15)  # where a set's may be
+PALETTE = 10.0  # of 255: farthest apart that sky, or ground, of one set is in two shots
+PROPS = 0.7  # least correlation of what stands out from the rows of one set in two shots
 HALF = "... (h 2) (w 2) c -> ... h w c"
 
 
@@ -144,6 +147,50 @@ class _Templates:
 
 
 _templates = lru_cache(_Templates)
+
+
+def is_same_set(a: Image.Image, setup_a: Setup, b: Image.Image, setup_b: Setup) -> bool:
+    """Whether two keyframes show one set: sky and ground have its palette, and props stand where they stood.
+
+    The nearer shot is compared with the same part of the wider one, wherever no character stands in either; about
+    which horizon it has to be magnified, the pictures tell.
+    """
+    (wide, setup), (near, setup_near) = sorted(((a, setup_a), (b, setup_b)), key=lambda shown: ZOOM[shown[1].size])
+    scale, near_sheet, wide_sheet = (
+        ZOOM[setup_near.size] / ZOOM[setup.size],
+        bare_set(near, setup_near),
+        bare_set(wide, setup),
+    )
+    tried = [magnified(wide_sheet, scale, horizon) for horizon in (HORIZONS if scale > 1 else HORIZONS[:1])]
+    seen = [(sheet[..., 3] > 0.99) & (near_sheet[..., 3] > 0) for sheet in tried]
+    off = [
+        float(_distance(sheet, near_sheet)[ok].mean()) if ok.any() else 1.0
+        for sheet, ok in zip(tried, seen, strict=True)
+    ]
+    best = int(np.argmin(off))
+    hidden, band = ~seen[best], HEIGHT // 5
+    x, y = (np.ma.array(s[..., :3], mask=np.dstack([hidden] * 3)) for s in (tried[best], near_sheet))
+    ends = [[np.ma.median(picture[rows], (0, 1)) for picture in (x, y)] for rows in (np.s_[:band], np.s_[-band:])]
+    palette = max(float(np.ma.filled(np.ma.sqrt(((one - other) ** 2).sum()), 0.0)) for one, other in ends)
+    p, q = ((g - np.ma.median(g, 1)[:, None]).filled(0.0) for g in (x.mean(-1), y.mean(-1)))
+    props = float((p * q).sum() / np.sqrt((p**2).sum() * (q**2).sum() + 1e-9))
+    return 255 * palette <= PALETTE and props >= PROPS
+
+
+def bare_set(image: Image.Image, setup: Setup) -> Float[np.ndarray, "h w 4"]:
+    """A keyframe's pixels, and 1 where no character is near."""
+    seen, empty = read_keyframe(image, setup), np.ones((HEIGHT, 2 * HEIGHT), np.float32)
+    for actor in setup.actors:
+        if found := seen.actor(actor.tag):
+            empty *= cut_out(found.look, setup, actor)[1] < 0.02
+    return np.dstack([to_pixels(image), cv2.erode(empty, np.ones((MARGIN + 1, MARGIN + 1)))])
+
+
+def magnified(sheet: Float[np.ndarray, "h w c"], scale: float, horizon: float) -> Float[np.ndarray, "h w c"]:
+    """A set's picture as a nearer shot shows it: magnified about the middle of its horizon."""
+    x, y = (at * HEIGHT - 0.5 for at in (1, horizon))
+    affine = np.array([[1 / scale, 0, x - x / scale], [0, 1 / scale, y - y / scale]])
+    return cv2.warpAffine(sheet, affine, (2 * HEIGHT, HEIGHT), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def read_clip(frames: Sequence[Image.Image], setup: Setup, cast: Mapping[str, Look]) -> ReadClip:

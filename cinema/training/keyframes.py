@@ -177,6 +177,7 @@ class KeyframeTask(FilmTask):
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
         self.layout(stage, 0), self._windows(stage.pairs)
+        super().check(stage)
         if self.data and stage.untold:
             raise ValueError("untold needs looks that are known word by word; leave it away with data")
 

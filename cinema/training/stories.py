@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from datetime import timedelta
@@ -28,6 +29,7 @@ from cinema.files import atomic
 from cinema.interleave import CuratedFilms, Films, ToyFilms
 from cinema.keyframes import load_parts
 from cinema.progress import Progress, quiet
+from cinema.training.config import Stage
 from cinema.training.loop import Task
 
 # What adapters are added to, of Flux, as the budget says, and of LTX-Video.
@@ -122,6 +124,12 @@ class FilmTask(Task):
         if self.data:
             return CuratedFilms(self.data, self.seconds)
         return ToyFilms(self.seed, self.movies, self.shots, self.kind)
+
+    def check(self, stage: Stage) -> None:
+        """As in `Task`; films that are shorter than the stage's windows are left out of it, with a warning."""
+        if short := sum(length < stage.pairs for length in self.films.lengths):
+            told = f"{short} of {len(self.films.lengths)} films have fewer than {stage.pairs} shots"
+            warnings.warn(f"{told} and are left out of the stages with so many pairs", stacklevel=2)
 
     def card(self) -> dict[str, str]:
         """As in `Task`."""

@@ -129,6 +129,7 @@ class VideoTask(FilmTask):
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
+        super().check(stage)
         longest, most = max(self.films.lengths), self.settings.window
         if stage.pairs > min(longest, most):
             raise UserError(f"{stage.pairs} shots, but a window has {most} at most and the longest film {longest}")

@@ -1,99 +1,33 @@
-"""Scores on the toy world, where a reader recovers from pixels who is really there.
+"""Held-out stories of the toy world, planned and scored: shares of what is right, with intervals over stories.
 
-A look is described at its character's first appearance only: there it must be drawn as told (*attributes*), later it
-must come back from memory (*identity*). The control remembers another story: who is still right, is so by chance."""
+The control remembers another story: who is still right in it, is so by chance."""
 
 import itertools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cinema.budget import table
 from cinema.config import Preset
 from cinema.errors import UserError
+from cinema.evaluation.toy import ATTRIBUTES, Scores, score_keyframes
+from cinema.files import write_json
 from cinema.keyframes import KeyframePlanner, Pictures
+from cinema.movie import weights_identity
 from cinema.progress import Progress, quiet
-from cinema.story import Story
+from cinema.story import Story, read_text
 from cinema.toyworld.draw import render
-from cinema.toyworld.reader import read_clip, read_keyframe
-from cinema.toyworld.world import Look, Movie, parse_caption, sample_movie
+from cinema.toyworld.world import Movie, sample_movie
 
-ATTRIBUTES = ("colour", "shape", "hat", "set", "position", "size")
-LOOK = ATTRIBUTES[:3]
 RESAMPLES = 2_000  # of the bootstrap
 Looks = Literal["train", "unseen", "all"]
+STRESSED = ("identity", "attributes", "sets", "wrong_context_identity")  # what the stress test tells
 Rows = Sequence[Sequence[bool | float]]  # judgements, or figures, of every story
-
-
-@dataclass
-class Scores:
-    """Which of a story's claims its pictures keep; `attributes` are name → right or wrong, per first appearance."""
-
-    attributes: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
-    identity: list[bool] = field(default_factory=list)  #: colour, shape and hat all right, for later appearances
-    together: list[bool] = field(default_factory=list)  #: those of it in shots of several characters
-
-    @property
-    def first(self) -> list[bool]:
-        """All attributes of all first appearances."""
-        return [right for name in ATTRIBUTES for right in self.attributes[name]]
-
-
-@dataclass(frozen=True)
-class ClipScores:
-    """How a shot moves."""
-
-    actions: list[bool]  #: for every character of the caption, whether its action is the captioned one
-    camera: bool  #: whether the camera's move is
-    psnr: float | None  #: of the first frame against the keyframe, in dB, at most 100; None without a keyframe
-
-
-def score_keyframes(captions: Sequence[str], images: Sequence[Image.Image | None]) -> Scores:
-    """Score a story's keyframes, of any size, against its captions, which say all that there is to know.
-
-    None leaves a shot out. ValueError if a caption is not in the shot list's language or has no image.
-    """
-    scores, looks = Scores(), dict[str, Look]()
-    for caption, image in zip(captions, images, strict=True):
-        setup, described = parse_caption(caption)
-        looks |= described
-        if image is None:
-            continue
-        seen = read_keyframe(image, setup)
-        for actor in setup.actors:
-            found, look = seen.actor(actor.tag), looks.get(actor.tag)
-            right = {n: found is not None and getattr(found.look, n) == getattr(look, n, None) for n in LOOK}
-            if actor.tag not in described:
-                scores.identity.append(all(right.values()))
-                scores.together += scores.identity[-1:] * (len(setup.actors) > 1)
-                continue
-            right |= {"set": seen.place == setup.place, "position": found is not None, "size": seen.size == setup.size}
-            for name, judged in scores.attributes.items():
-                judged.append(right[name])
-    return scores
-
-
-def score_clip(frames: Sequence[Image.Image], caption: str, keyframe: Image.Image | None = None) -> ClipScores:
-    """Score the motion of a shot of 5 or more frames; who is seen in the first is the one who should act.
-
-    ValueError: too few frames, a caption in another language than the shot list's, or a keyframe of another size.
-    """
-    setup, _ = parse_caption(caption)
-    seen = read_keyframe(frames[0], setup)
-    clip = read_clip(frames, setup, {a.tag: found.look for a in setup.actors if (found := seen.actor(a.tag))})
-    right = [clip.actions.get(actor.tag) == actor.action for actor in setup.actors]
-    return ClipScores(right, clip.camera == setup.camera, None if keyframe is None else psnr(frames[0], keyframe))
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB, 100 if they are equal; ValueError if their sizes differ."""
-    if a.size != b.size:
-        raise ValueError(f"pictures of {a.size} and {b.size} pixels cannot be compared")
-    x, y = (np.asarray(image.convert("RGB"), np.float64) / 255 for image in (a, b))
-    return float(min(100.0, -10 * np.log10(max(1e-10, np.square(x - y).mean()))))
 
 
 def evaluate_stories(
@@ -112,10 +46,10 @@ def evaluate_stories(
     `looks`, "unseen" takes only those that training never showed.
 
     Gives shares of what is right: `attributes` (and `by_attribute`), `identity`, `together` (of it, in shots of several
-    characters), `last_identity` (of who comes back in the last shot) and `wrong_context_identity` (of the same, by the
-    control, which takes two stories), None where nothing was judged; with 95 % intervals over stories in `ci95` and
-    numbers of judgements in `counts`. Progress counts keyframes. UserError if the preset's weights cannot be loaded, or
-    no shot is left to plan.
+    characters), `sets` (that come back as they were), `last_identity` (of who comes back in the last shot) and
+    `wrong_context_identity` (of the same, by the control, which takes two stories), None where nothing was judged; with
+    95 % intervals over stories in `ci95` and numbers of judgements in `counts`. Progress counts keyframes. UserError if
+    the preset's weights cannot be loaded, or no shot is left to plan.
     """
     if given >= shots:
         raise UserError(f"{given} of {shots} shots are given, so there is nothing to plan; ask for more shots")
@@ -138,7 +72,7 @@ def evaluate_stories(
     mixed = [draw(other_context(asked[i], asked[i - 1]), dict(enumerate(drawn[i - 1][:-1]))) for i in controls]
     scores = [_score(story, images[given:]) for story, images in zip(told, drawn, strict=True)]
     rows = {"attributes": [s.first for s in scores], "identity": [s.identity for s in scores]}
-    rows["together"] = [s.together for s in scores]
+    rows |= {"together": [s.together for s in scores], "sets": [s.sets for s in scores]}
     for name, films in (("last_identity", drawn), ("wrong_context_identity", mixed)):
         rows[name] = [_score(story, images[-1:]).identity for story, images in zip(told, films, strict=False)]
     figures: dict[str, Any] = {"stories": stories, "shots": shots, "seed": seed, "preset": preset.name}
@@ -147,6 +81,43 @@ def evaluate_stories(
     figures["by_attribute"] = {name: share([s.attributes[name] for s in scores]) for name in ATTRIBUTES}
     figures["ci95"] = {name: bootstrap(own) for name, own in rows.items()}
     return figures | {"counts": {name: sum(map(len, own)) for name, own in rows.items()}}
+
+
+def stress(
+    preset: Preset,
+    pairs: Sequence[int] = (8, 16, 24, 32, 48),
+    stories: int = 20,
+    seed: int = 0,
+    out: Path | None = None,
+    on_progress: Progress = quiet,
+) -> list[dict[str, Any]]:
+    """The stress test (paper, Table 2): longer and longer stories, remembered by GoldenMem and in full size.
+
+    A row for every number of pairs and each memory: shares of `evaluate_stories` with their intervals, and `tflop`, of
+    a step of the last keyframe's denoising over all that is remembered. Rows are kept in the file `out`, and those that
+    are there already, of the same weights and settings, are not made again. UserError as `evaluate_stories`.
+    """
+    rows = list[dict[str, Any]]()
+    kept = read_figures(out) if out and out.is_file() else []
+    weights, total = weights_identity(preset.keyframes.weights), 2 * len(pairs)
+    for count, memory in itertools.product(pairs, ("goldenmem", "full")):
+        settings = {} if memory == "goldenmem" else {"memory_levels": 1, "memory_group": count}
+        chosen, done, name = preset.remembering(**settings), len(rows), f"{count} pairs, {memory}"
+        row: dict[str, Any] = {"pairs": count, "memory": memory, "stories": stories, "seed": seed, "weights": weights}
+        row["tflop"] = table(chosen.keyframes, [count])[0].goldenmem_flops / 1e12
+
+        def tell(at: int, of: int, message: str, done: int = done, name: str = name) -> None:
+            on_progress(done * 1000 + 1000 * at // of, total * 1000, f"{name}: {message}")
+
+        same = (old for old in kept if isinstance(old, dict) and row.items() <= old.items())
+        if not (found := next(same, None)):
+            figures = evaluate_stories(chosen, stories, count, seed, on_progress=tell)
+            found = row | {name: figures[name] for name in STRESSED}
+            found["ci95"] = {name: figures["ci95"][name] for name in STRESSED}
+        rows.append(found)
+        if out:
+            write_json(out, rows)
+    return rows
 
 
 def _movies(seed: str, count: int, shots: int, looks: Looks, given: int) -> list[Movie]:
@@ -186,3 +157,28 @@ def bootstrap(rows: Rows, minus: Rows | None = None) -> list[float] | None:
     draws = np.random.default_rng(0).integers(len(counts), size=(RESAMPLES, len(counts)))
     a, n, b, m = counts[draws].sum(1).T
     return np.quantile(a / n - (b / m if minus else 0), [0.025, 0.975]).tolist()
+
+
+def read_figures(path: Path) -> Any:
+    """Figures that `cinema evaluate --json` wrote; UserError if it cannot be read."""
+    try:
+        return json.loads(read_text(path, "figures in JSON"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); give a file that `cinema evaluate --json` wrote") from None
+
+
+def fallen(now: Any, before: Any, name: str = "") -> list[str]:
+    """What is worse than before by more than chance: figures below the lower end of the interval they had, or gone.
+
+    Both are figures as `evaluate_stories`, `stress` or `evaluate_films` give them, or what JSON made of them.
+    """
+    if isinstance(before, list):
+        parts = {f"{name}{i + 1} ": (now[i] if i < len(now) else {}, old) for i, old in enumerate(before)}
+        return [line for at, pair in parts.items() for line in fallen(*pair, at)]
+    if not isinstance(before, dict):
+        return []
+    worse, means = list[str](), now.get("mean", now)
+    for figure, interval in (before.get("ci95") or {}).items():
+        if interval and ((new := means.get(figure)) is None or new < interval[0]):
+            worse.append(f"{name}{figure} is {new if new is None else f'{new:.3f}'}, it was {interval[0]:.3f} or more")
+    return worse
