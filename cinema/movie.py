@@ -124,9 +124,9 @@ def animate_storyboard(
 ) -> MovieResult:
     """Make a film of a folder that `plan_storyboard` wrote; its pictures and captions may have been changed since.
 
-    Of a film that is made, shots can be drawn `again`, as another `take`, which sees the others and leaves them as they
-    are. UserError if the folder is no storyboard, a keyframe is missing or cannot be read, a shot is to be drawn again
-    that the film has not or before all are there, or as for `make_movie`.
+    Of a film that is made, shots can be drawn `again`, as another `take`, which leaves the others as they are.
+    UserError if the folder is no storyboard, a keyframe is missing or cannot be read, a shot is to be drawn again that
+    the film has not or before all are there, or as for `make_movie`.
     """
     script, work = folder / "story.yaml", out.with_name(f"{out.stem}.work")
     if not script.is_file():

@@ -217,8 +217,9 @@ class Animator:
         A shot depends on its window: captions and keyframes of at most `settings.window` shots, counted from the start
         of the story; keyframes outside that it remembers; and, as windows overlap, the last shots of the window before,
         as `drawn` reads them. Noise is seeded by (seed, shot), so a shot rendered again is the same; another `take` has
-        other noise, and sees all of its window that is drawn. UserError if keyframes are missing or of another aspect,
-        a shot is too short, or the cast is too large.
+        other noise. It sees all of its window that is drawn if windows overlap, since then weights know whole shots;
+        else its neighbours run along with it, as when they were first drawn. UserError if keyframes are missing or of
+        another aspect, a shot is too short, or the cast is too large.
         """
         settings, every = self.settings, range(len(story.shots))
         self._check(story, keyframes)
@@ -233,11 +234,11 @@ class Animator:
             kept = shots[: settings.overlap] if shots[0] else shots[:0]
             message = f"shots {shots[len(kept)] + 1} to {shots[-1] + 1} of {len(every)}"
             tell = teller(on_progress, todo.index(shots) * settings.steps, len(todo) * settings.steps, message)
-            seen = [i for i in shots if i in kept or (take and i in ready)]
+            seen = [i for i in shots if i in kept or (take and settings.overlap and i in ready)]
             given = {i: ready[i]() if i in ready else done[i] for i in seen}
             conditions = self._conditions(story, shots, keyframes, given, search)
-            kind = f"take {take} of shot" if take else "shot"
-            for i, own in zip(shots, self._sample(story, shots, conditions, seed, kind, tell), strict=True):
+            kinds = [f"take {take} of shot" if take and i not in ready else "shot" for i in shots]
+            for i, own in zip(shots, self._sample(story, shots, conditions, seed, kinds, tell), strict=True):
                 if i not in kept and i not in ready:
                     clip = decode_clips(self.vae, own[None], conditions[0].grid)
                     done[i] = [to_image(frame) for frame in rearrange(clip, "1 c t h w -> t 1 c h w")]
@@ -323,7 +324,7 @@ class Animator:
         shots: range,
         conditions: tuple[Window, Float[Tensor, "1 s c"], Bool[Tensor, "s"]],
         seed: int,
-        kind: str,
+        kinds: Sequence[str],
         on_step: OnStep,
     ) -> list[Float[Tensor, "_s c"]]:
         """Tokens of the window's shots, drawn together. With guidance > 1 empty captions run beside the real."""
@@ -335,9 +336,9 @@ class Animator:
         lines = [captions, [""] * len(captions)] if settings.guidance > 1 else [captions]
         texts = zip(*map(self.encode_text, lines), strict=True)
         states, words = (torch.stack(parts).to(model.device) for parts in texts)
-        sizes, kinds = [window.outside, *window.sizes], [(shots[0], "outside"), *((i, kind) for i in shots)]
+        sizes, seeds = [window.outside, *window.sizes], [(shots[0], "outside"), *zip(shots, kinds, strict=True)]
         shapes = [(1, tokens, clean.shape[2]) for tokens in sizes]
-        noise = [torch.randn(shape, generator=seeded(seed, *own)) for shape, own in zip(shapes, kinds, strict=True)]
+        noise = [torch.randn(shape, generator=seeded(seed, *own)) for shape, own in zip(shapes, seeds, strict=True)]
         start, clean, given = torch.cat(noise, dim=1).to(model.device), clean.to(model.device), given.to(model.device)
         start[:, given] = torch.lerp(clean, start, settings.keyframe_sigma)[:, given]
 

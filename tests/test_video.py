@@ -277,3 +277,24 @@ def test_windows_overlap_and_go_on_from_what_is_drawn(folder: Path) -> None:
     black = [Image.new("RGB", (128, 64))] * 9
     other = dict(animator.animate(told, keyframes, drawn={0: lambda: black, 1: lambda: black}))
     assert bytes_of([(2, other[2])]) != bytes_of([(2, shots[2])])
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_another_take_has_other_noise_and_sees_whole_shots_only_where_windows_overlap(
+    folder: Path, overlap: int
+) -> None:
+    """Weights that never met whole shots copy them into the take; their windows have no overlap."""
+    animator, keyframes = Animator.from_preset(tiny_video.preset(folder, folder, overlap=overlap)), pictures()
+    film, read = dict(animator.animate(story(), keyframes)), set[int]()
+
+    def neighbour(colour: str) -> list[Image.Image]:
+        read.add(1)
+        return [Image.new("RGB", (128, 64), colour)] * 9
+
+    takes = []
+    for colour in ("black", "white"):
+        rest = {1: lambda colour=colour: neighbour(colour), 2: lambda: film[2]}
+        takes.append(bytes_of(list(animator.animate(story(), keyframes, drawn=rest, take=1))))
+    assert list(takes[0]) == [0] and takes[0][0] != bytes_of([(0, film[0])])[0]
+    assert (takes[0] != takes[1]) == bool(overlap) == bool(read)
+    assert takes[0][0][0] == bytes_of([(0, film[0])])[0][0]  # the keyframe's
