@@ -27,6 +27,7 @@ from cinema.story import Story, load_cast, load_story, read_text, save_story
 DETECTOR_HELP = "What finds the cuts: planes, content, adaptive, or transnetv2."
 app = typer.Typer(help="From a storyline to a short movie.", add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure how good and how fast a part is.")
+study = typer.Typer(help="Ask people which films are better.")
 
 
 def _numbers(text: str) -> list[int]:
@@ -257,6 +258,28 @@ def budget(
     _show(rows, json, told)
 
 
+@study.command("write")
+def study_write(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of films with the same names.")],
+    out: Folder,
+    seed: Seed = 0,
+) -> None:
+    """Write a page on which people compare the films of two or more runs without knowing which is which."""
+    page = resolve_name("cinema.evaluation.study:write_study")(runs, out, seed)
+    _say(f"{page}: open it in a browser; {out}.key.json says which film is whose, so keep it from raters")
+
+
+@study.command("read")
+def study_read(
+    key: Annotated[Path, typer.Argument(help="The key that `cinema study write` wrote.")],
+    answers: Annotated[list[Path], typer.Argument(help="The raters' CSV files.")],
+    json: Json = None,
+) -> None:
+    """Give means, intervals and agreement of what people answered."""
+    figures = resolve_name("cinema.evaluation.study:read_study")(key, answers)
+    _show(figures, json, figures["runs"] | {"agreement": figures["agreement"]})
+
+
 @bench.command("curate")
 def bench_curate(
     folder: Annotated[Path, typer.Argument(help="Films with NAME.cuts.csv or the toy world's NAME.json beside them.")],
@@ -433,6 +456,7 @@ def _watch(work: str, *given: Any, **options: Any) -> Any:
 
 
 app.add_typer(bench, name="bench")
+app.add_typer(study, name="study")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
