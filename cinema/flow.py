@@ -19,21 +19,21 @@ def add_noise(
 ) -> Float[Tensor, "b p *rest"]:
     """Walk each pair from its data towards noise: x = (1 - sigma) data + sigma noise, one sigma per pair.
 
-    Rectified flow (Liu et al. 2022, eq. 1) with the noise levels of diffusion forcing (paper, section 4).
-    The sum is formed in the wider of the dtypes.
+    :eq:`eq-flow`: rectified flow (Liu et al. 2022, eq. 1), with the noise levels of diffusion forcing (paper,
+    section 4). The sum is formed in the wider of the dtypes.
     """
     return torch.lerp(data, noise, sigma[(..., *[None] * (data.ndim - 2))].to(data.dtype))
 
 
 def velocity(data: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The training target noise - data: the constant slope dx/dsigma of the straight path."""
+    """The training target noise - data: the constant slope dx/dsigma of the straight path, :eq:`eq-velocity`."""
     return noise - data
 
 
 def shift_time(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
     """Bend time towards noise: sigma' = shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024, eq. 23).
 
-    `shift` > 1 spends more of the time on noise, 1 changes nothing.
+    :eq:`eq-shift`. `shift` > 1 spends more of the time on noise, 1 changes nothing.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -41,7 +41,7 @@ def shift_time(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*
 def sample_sigma(shape: Sequence[int], generator: torch.Generator, shift: float = 1.0) -> Float[Tensor, "..."]:
     """Draw training noise levels in (0, 1): sigmoid of a normal, then shifted (Esser et al. 2024, eq. 19).
 
-    `shape` is usually ``(b, p)``, an independent level per pair.
+    :eq:`eq-noise`. `shape` is usually ``(b, p)``, an independent level per pair.
     """
     return shift_time(torch.randn(*shape, generator=generator).sigmoid(), shift)
 
@@ -62,7 +62,8 @@ def euler(
 ) -> Float[Tensor, "*shape"]:
     """Integrate dx/dsigma = velocity from `noise` along falling `sigmas`: x += (next - sigma) velocity.
 
-    The velocity of (sample, sigma) may have any float dtype, the sum keeps that of `noise` (best float32).
+    :eq:`eq-euler`. The velocity of (sample, sigma) may have any float dtype, the sum keeps that of `noise` (best
+    float32).
     """
     x = noise
     for done, (here, there) in enumerate(pairwise(sigmas.tolist()), start=1):

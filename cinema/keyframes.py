@@ -88,7 +88,7 @@ def warn_if_cut(tokenizer: Any, caption: str, length: int) -> None:
 
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKL, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n s c"]:
-    """Frames in [-1, 1] → Flux's packed tokens: shifted and scaled latents in 2 x 2 patches, in float32."""
+    """Frames in [-1, 1] → Flux's packed tokens, :eq:`eq-pack`: shifted, scaled latents in 2 x 2 patches, float32."""
     latents = vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode().float()
     latents = (latents - vae.config["shift_factor"]) * vae.config["scaling_factor"]
     return rearrange(latents, "n c (h i) (w j) -> n (h w) (c i j)", i=2, j=2)

@@ -201,6 +201,23 @@ def test_film_directive_refuses(tmp_path: Path) -> None:
         assert message in messages
 
 
+def test_notebook_figure_is_copied_with_its_words(tmp_path: Path) -> None:
+    drawn = "# Page\n\n```{figure} /poster.png\n:name: fig-drawn\n:alt: A hat\n\nDrawn.\n```\n\n"
+    again = "```{notebook-figure} fig-drawn\n:name: fig-again\n\nDrawn, *again*.\n```\n"
+    status, messages, page = build(tmp_path, drawn + again)
+    assert status == 0, messages
+    text = page.read_text()
+    assert text.count('alt="A hat"') == 2 and "Drawn, <em>again</em>." in text and "fig-again" in read(page).ids
+    assert dead_links(page, page.parents[1]) == []
+
+
+def test_notebook_figure_refuses(tmp_path: Path) -> None:
+    page = "# Page\n\n```{notebook-figure} fig-gone\n:name: fig-a\n\nGone.\n```\n"
+    status, messages, _ = build(tmp_path, page + "```{notebook-figure} fig-bare\n:name: fig-b\n```\n")
+    assert status != 0
+    assert "no notebook draws a figure fig-gone" in messages and "fig-bare: give it a :name: and a caption" in messages
+
+
 @pytest.mark.parametrize("url", ["", "https://github.com/someone/some-book"])
 def test_repository_buttons_follow_the_address(url: str, tmp_path: Path) -> None:
     status, messages, page = build(tmp_path, PAGE, url)

@@ -1,4 +1,4 @@
-"""Sphinx extension of this book: the `film` directive, readable signatures, and no buttons without an address."""
+"""Sphinx extension of this book: films, figures of notebooks, readable signatures, no buttons without an address."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -7,6 +7,8 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import OptionSpec, stringify_annotation
 
@@ -48,6 +50,47 @@ class Film(SphinxDirective):
         return "../" * self.env.docname.count("/") + f"_downloads/{target}"
 
 
+class NotebookFigure(SphinxDirective):
+    """Shows a notebook's figure on another page, as the notebook drew it; its text is the caption there.
+
+    The argument is the name that the notebook's cell gives the figure, `:name:` the one it has on this page.
+    """
+
+    required_arguments = 1
+    has_content = True
+    option_spec: OptionSpec = {"name": directives.unchanged_required}  # noqa: RUF012
+
+    def run(self) -> list[nodes.Node]:
+        """An empty figure, filled by `FillFigures` when all notebooks have been executed."""
+        figure, text = nodes.figure(notebook_figure=self.arguments[0]), nodes.paragraph()
+        self.state.nested_parse(self.content, self.content_offset, text)
+        if "name" not in self.options or not text.children:
+            raise self.error(f"notebook-figure {self.arguments[0]}: give it a :name: and a caption")
+        figure += nodes.caption("", "", *text.children[0].children)
+        self.set_source_info(figure)
+        self.add_name(figure)
+        return [figure]
+
+
+class FillFigures(SphinxPostTransform):
+    """Copies pictures, with their alternative text, from notebooks' pages into `notebook-figure`s."""
+
+    default_priority = 5
+
+    def run(self, **kwargs: Any) -> None:
+        """Warn of a figure that no notebook draws."""
+        for figure in self.document.findall(nodes.figure):
+            if not (name := figure.get("notebook_figure")):
+                continue
+            page, anchor = self.env.get_domain("std").anonlabels.get(name, ("", ""))  # type: ignore[attr-defined]
+            drawn = self.env.get_doctree(page).findall(nodes.figure) if page else ()
+            pictures = [image for own in drawn if anchor in own["ids"] for image in own.findall(nodes.image)]
+            if pictures:
+                figure.insert(0, pictures[0].deepcopy())
+            else:
+                logging.getLogger(__name__).warning(f"no notebook draws a figure {name}", location=figure)
+
+
 def follow_addresses(app: Sphinx, config: Config) -> None:
     """Derive what hangs on `repository.url` and `html.baseurl`; leave out what has no address."""
     options: dict[str, Any] = config.html_theme_options
@@ -72,8 +115,10 @@ def plain_model_signature(
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the directive and the hook."""
+    """Register the directives and the hooks."""
     app.add_directive("film", Film)
+    app.add_directive("notebook-figure", NotebookFigure)
+    app.add_post_transform(FillFigures)
     app.connect("config-inited", follow_addresses, priority=100)
     app.connect("autodoc-process-signature", plain_model_signature)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
