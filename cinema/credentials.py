@@ -140,7 +140,10 @@ def read_credentials(path: Path, trusted: Sequence[Path] = ()) -> Credentials:
     anchors = "".join(found for file in files for found in CERTIFICATE.findall(read_text(file, "certificates in PEM")))
     verify = {"verify_trust": True, "remote_manifest_fetch": False, "ocsp_fetch": False}
     try:
-        context = c2pa.Context.from_dict({"trust": {"user_anchors": anchors}, "verify": verify})
+        context = c2pa.Context.from_dict({"verify": verify} | ({"trust": {"user_anchors": anchors}} if anchors else {}))
+    except c2pa.C2paError as error:
+        raise UserError(f"{files[0]}: not a certificate to trust ({error}); give one in PEM") from None
+    try:
         with c2pa.Reader(str(path), context=context) as reader:
             state, manifest = reader.get_validation_state(), reader.get_active_manifest() or {}
             faults = (reader.get_validation_results() or {}).get("activeManifest", {}).get("failure", [])

@@ -144,9 +144,9 @@ def listen(residual: Grey, share: float) -> Complex[np.ndarray, "n"]:
     high, wide = residual.shape
     size = max(1, round(TILE * share * wide / high)), max(1, round(TILE * share))
     small = cv2.resize(residual, size, interpolation=cv2.INTER_AREA if size[1] < high else cv2.INTER_LINEAR)
-    whole = np.pad(small, [(0, -side % TILE) for side in small.shape])
+    whole = cv2.copyMakeBorder(small, 0, -size[1] % TILE, 0, -size[0] % TILE, cv2.BORDER_CONSTANT, value=0)
     tile = reduce(whole, "(a y) (b x) -> y x", "sum", y=TILE, x=TILE)
-    heard = np.fft.rfft2(tile)[*waves().k.T]
+    heard = np.fft.fft(np.fft.rfft(tile)[:, : BAND[1] + 1], axis=0)[*waves().k.T]
     return heard / (np.abs(heard) + 1e-9)
 
 
@@ -155,13 +155,13 @@ def correlate(heard: Complex[np.ndarray, "n"], letter: int = 0) -> Float[np.ndar
 
     Of a picture without the mark, whatever it shows, each is a sum of cosines of random angles: mean 0, variance 1.
     """
-    own, spectrum = waves(), np.zeros((TILE, TILE // 2 + 1), complex)
+    own, spectrum = waves(), np.zeros((TILE, BAND[1] + 1), np.complex64)
     mine = own.letter == letter
     spectrum[*own.k[mine].T] = heard[mine] * np.exp(-1j * own.phase[mine])
-    return np.fft.irfft2(spectrum) * TILE**2 / sqrt(2 * mine.sum())
+    return np.fft.irfft(np.fft.ifft(spectrum, axis=0), TILE) * (TILE**2 / sqrt(2 * mine.sum()))
 
 
-def chance(peak: float, trials: float = TILE**2 * len(SHARES)) -> float:
+def chance(peak: float, trials: int = TILE**2 * len(SHARES)) -> float:
     """How probably the highest of so many independent normal values is `peak` or more, :eq:`eq-chance`."""
     return -expm1(trials * log1p(-erfc(peak / sqrt(2)) / 2))
 
