@@ -24,11 +24,11 @@ from cinema.credentials import Credentials, read_credentials
 from cinema.errors import UserError
 
 TILE = 128  # units: height of a frame, and period of the pattern
-BAND = 7, 26  # waves a tile: lower ones would be seen as blotches, higher ones are what codecs throw away
+BAND = 5, 22  # waves a tile: lower ones would be seen as blotches, higher ones are what codecs throw away
 PRIME, PITCH, SENT, NEEDED = 251, 8, 6, 4  # letters of the alphabet, units between two; letters sent and needed
 SYNC = 4  # of SENT + SYNC parts of the waves, those that tell where the tile is
 PAYLOADS = 16**7  # a payload is seven hexadecimal digits
-RMS, FLOOR, GAIN, CAP = 2.27, 1.0, 0.35, 2.5  # grey levels: 41 dB; strength where it is flat, its growth, its limit
+RMS, FLOOR, GAIN, CAP = 2.4, 1.0, 0.35, 2.5  # grey levels: 40.5 dB; strength where it is flat, its growth, its limit
 BOX = TILE // 14  # units: of what is local
 SHARES = 1.012 ** np.arange(-42, 40)  # height of a picture in heights of the marked frame: cropped, or with a border
 FOUND = 1e-6  # a false-positive probability that is small enough

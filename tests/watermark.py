@@ -160,7 +160,15 @@ def unmarked(count: int, folder: Path | None) -> dict[str, object]:
         movie = sample_movie(f"unmarked/{i}", 3)
         probabilities.append(detect([render(movie, movie.shots[i % 3], 128, i % 7 / 6)]).chance)
         if i % 200 == 0:
-            print(real, i, min(probabilities), file=sys.stderr, flush=True)
+            print(
+                real,
+                i,
+                min(probabilities),
+                sum(p < 0.01 for p in probabilities),
+                sum(p < 0.1 for p in probabilities),
+                file=sys.stderr,
+                flush=True,
+            )
     p = np.array(probabilities)
     below = {
         str(level): [float((p[:real] < level).mean()), float((p[real:] < level).mean())]
