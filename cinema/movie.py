@@ -68,9 +68,9 @@ def make_movie(
     """Make a film (.mp4 or .webm) of a story: plan its keyframes, animate its shots, join them with hard cuts.
 
     Beside the film appear its storyboard (`.storyboard.png`), its captions (`.vtt`), its manifest (`.json`) and the
-    working folder (`.work`), from which the same call goes on. If `marked`, every picture has a watermark and an MP4 has
-    signed credentials. UserError if the story, the preset's weights, the signing key or a path cannot be used,
-    or the folder holds other work.
+    working folder (`.work`), from which the same call goes on. If `marked`, its pictures have a watermark and an MP4 is
+    signed. UserError if the story, the preset's weights, the signing key or a path cannot be used, or the folder holds
+    other work.
     """
     _check(story, out, preset, marked)
     work = out.with_name(f"{out.stem}.work")
@@ -206,7 +206,8 @@ def run_id(story: Story, seed: int, preset: Preset) -> str:
 
     That of a keyframe says its recipe, since an edit of the story leaves what does not depend on it.
     """
-    return _digest([_script(story), seed, *_models(preset).values()])[:7]
+    weights = [weights_identity(part.weights) for part in (preset.keyframes, preset.video)]
+    return _digest([_script(story), seed, weights])[:7]
 
 
 def _script(story: Story) -> dict[str, Any]:
@@ -220,14 +221,13 @@ def _digest(facts: Any) -> str:
 
 def _models(preset: Preset) -> dict[str, str]:
     """Which weights draw, and under which licence, as far as a model card beside them says."""
-    told = {f"{part}_model": weights_identity(getattr(preset, part).weights) for part in ("keyframes", "video")}
+    told = {}
     for part in ("keyframes", "video"):
-        folder = Path(getattr(preset, part).weights)
-        cards = [
-            card.read_text(encoding="utf-8") for at in (folder, folder.parent) if (card := at / "README.md").is_file()
-        ]
-        found = re.search(r"^license: *(\S+)", "\n".join(cards), re.M)
-        told[f"{part}_licence"] = found[1] if found else f"as {folder.name} says"
+        name = getattr(preset, part).weights
+        cards = [card for folder in (Path(name), Path(name).parent) if (card := folder / "README.md").is_file()]
+        found = re.search(r"^license: *(\S+)", "\n".join(card.read_text(encoding="utf-8") for card in cards), re.M)
+        licence = found[1] if found else "not stated beside the weights"
+        told |= {f"{part}_model": weights_identity(name), f"{part}_licence": licence}
     return told
 
 
@@ -252,6 +252,7 @@ def _take(shot: Path) -> int:
 def _check(story: Story, out: Path, preset: Preset, marked: bool) -> list[int]:
     """Frames of the shots, after what can be found wrong before the work."""
     check_weights(preset.video.weights, "video")
+    concerns(story)
     if out.suffix not in CODECS:
         raise UserError(f"{out}: films are written as H.264 or VP9; give a name that ends in {' or '.join(CODECS)}")
     writable(out)
