@@ -221,7 +221,7 @@ def _digest(facts: Any) -> str:
 
 def _models(preset: Preset) -> dict[str, str]:
     """Which weights draw, and under which licence, as far as a model card beside them says."""
-    told = {}
+    told: dict[str, str] = {}
     for part in ("keyframes", "video"):
         name = getattr(preset, part).weights
         cards = [card for folder in (Path(name), Path(name).parent) if (card := folder / "README.md").is_file()]
