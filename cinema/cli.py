@@ -1,12 +1,13 @@
 """The command line; what is heavy is imported when a command asks for it.
 
 Results go to standard output, the rest to standard error. Exit codes: 0 done, 1 the user can mend it (one sentence;
-CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated."""
+CINEMA_DEBUG=1 shows where), 2 wrong usage, 3 some films could not be curated; `verify` has its own."""
 
 import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from json import dumps
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
@@ -47,6 +48,7 @@ Seed = Annotated[int, typer.Option(help="Another seed, another result; the same 
 StoryFile = Annotated[Path, typer.Argument(help="A story in YAML, or a storyline in plain English (.txt).")]
 FilmFile = Annotated[Path, typer.Option("--out", "-o", help="The film to write: .mp4 (H.264) or .webm (VP9).")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")]
+Unmarked = Annotated[bool, typer.Option("--unmarked", help="Without watermark and credentials.")]
 Shots = Annotated[int, typer.Option(help="Shots a story.", min=1, max=500)]
 Width = Annotated[int, typer.Option(help="Of the random transformer, a multiple of 64.", min=64)]
 Double = Annotated[int, typer.Option(help="Its double-stream blocks.", min=1)]
@@ -67,9 +69,9 @@ def write(
 
 
 @app.command()
-def movie(story: StoryFile, out: FilmFile, preset: Preset = None, seed: Seed = 0) -> None:
+def movie(story: StoryFile, out: FilmFile, preset: Preset = None, seed: Seed = 0, unmarked: Unmarked = False) -> None:
     """Make a film from a story: plan its keyframes, animate its shots, join them."""
-    made = _watch("cinema.movie:make_movie", _story(story), out, preset, seed)
+    made = _watch("cinema.movie:make_movie", _story(story), out, preset, seed, marked=not unmarked)
     _say(f"{out}: {len(made.keyframes)} shots")
 
 
@@ -87,10 +89,11 @@ def plan(
     ] = None,
     edit: Annotated[bool, typer.Option("--edit", help="The story was edited: plan again what depends on it.")] = False,
     seed: Seed = 0,
+    unmarked: Unmarked = False,
 ) -> None:
     """Plan a story's keyframes: a storyboard in a folder, which `cinema animate` turns into a film."""
     chosen = preset.remembering(retrieval=retrieval, window=window, mask=mask)
-    board = _watch("cinema.movie:plan_storyboard", _story(story), out, chosen, seed, edited=edit)
+    board = _watch("cinema.movie:plan_storyboard", _story(story), out, chosen, seed, edited=edit, marked=not unmarked)
     _say(f"{out}: {len(board.keyframes)} keyframes")
 
 
@@ -102,10 +105,12 @@ def animate(
     seed: Seed = 0,
     again: Annotated[list[int] | None, typer.Option(help="A shot of the film to draw anew, from 1 on.", min=1)] = None,
     take: Annotated[int, typer.Option(help="Of what is drawn again: another take, another shot.", min=1)] = 1,
+    unmarked: Unmarked = False,
 ) -> None:
     """Make a film from a planned storyboard; of one that is made, draw some shots again and leave the others."""
     anew = [shot - 1 for shot in again or ()]
-    _watch("cinema.movie:animate_storyboard", storyboard, out, preset, seed, again=anew, take=take)
+    options: dict[str, Any] = {"again": anew, "take": take, "marked": not unmarked}
+    _watch("cinema.movie:animate_storyboard", storyboard, out, preset, seed, **options)
     _say(f"{out}: written")
 
 
@@ -158,6 +163,31 @@ def curate(
     if result.failed:
         _say(f"{len(result.failed)} of {len(result.films)} films could not be curated; the table says why")
         raise typer.Exit(3)
+
+
+@app.command()
+def verify(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures and films.")],
+    trust: Annotated[list[Path] | None, typer.Option(help="Certificates in PEM, of signers to trust.")] = None,
+) -> None:
+    """Say whether pictures and films have our watermark and valid credentials, a line of JSON each.
+
+    Exit codes: 0 all have the watermark, 1 some have not, 2 some cannot be read.
+    """
+    from cinema.provenance import verify
+
+    codes = []
+    for file in files:
+        try:
+            told = to_jsonable_python(verify(file, trust or ()))
+            codes.append(0 if told["watermark"] else 1)
+        except UserError as error:
+            told = {"watermark": False, "false_positive_probability": 1.0, "payload": None, "credentials": "absent"}
+            told |= {"file": str(file), "error": str(error)}
+            codes.append(2)
+            _say(str(error))
+        print(dumps(told))
+    raise typer.Exit(max(codes))
 
 
 @app.command()
@@ -389,7 +419,12 @@ def doctor(json: Json = None) -> None:
 
 
 def _story(path: Path) -> Story:
-    return _write(path) if path.suffix.lower() == ".txt" else load_story(path)
+    from cinema.policy import concerns
+
+    story = _write(path) if path.suffix.lower() == ".txt" else load_story(path)
+    for concern in concerns(story):
+        _say(f"{path}: {concern}")
+    return story
 
 
 def _write(storyline: Path, errors: bool = True) -> Story:

@@ -161,6 +161,7 @@ class KeyframePlanner:
     text: TextEncoders
     settings: KeyframeSettings
     tags: tuple[str, ...] = ()  #: names that the weights know; any, if there are none
+    mark: Callable[[Image.Image, str], Image.Image] | None = None  #: puts a watermark that names its recipe into each
 
     def __post_init__(self) -> None:
         self.side, rest = divmod(self.settings.height, PATCH)
@@ -223,6 +224,8 @@ class KeyframePlanner:
                 images = [keep(i, recipe) if keep else None for i, recipe in zip(shots, recipes, strict=True)]
                 if None in images:
                     drawn = self._draw(lines, context, layout, [seeded(seed, i) for i in shots], tell)
+                    fresh = zip(drawn, recipes, strict=True)
+                    drawn = [self.mark(new, recipe) for new, recipe in fresh] if self.mark else drawn
                     images = [had or new for had, new in zip(images, drawn, strict=True)]
             for i, image, recipe in zip(shots, images, recipes, strict=True):
                 image = ImageOps.fit(image.convert("RGB"), (settings.width, settings.height))

@@ -7,7 +7,8 @@ import glob
 import json
 import os
 import platform
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,15 +24,19 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IMAGEDESCRIPTION
 
 from cinema.config import WEIGHTS, KeyframeSettings, Preset, VideoSettings
+from cinema.credentials import sign, signing_key
 from cinema.errors import UserError
 from cinema.files import atomic, sweep, writable, write_json
 from cinema.keyframes import KeyframePlanner, check_weights, rename
 from cinema.media import CODECS, Shots, film_writer, write_captions
+from cinema.policy import concerns
 from cinema.progress import Progress
+from cinema.provenance import Watermark
 from cinema.story import Story, load_story, save_story
 from cinema.video import Animator, shot_frames
 from cinema.viz import film_strip
 
+Mark = Callable[[Image.Image], Image.Image]
 _CHUNK = "cinema"  # of a keyframe's file: what it was drawn of, and from what
 
 
@@ -58,17 +63,19 @@ def make_movie(
     preset: Preset,
     seed: int = 0,
     on_progress: Progress | None = None,
+    marked: bool = True,
 ) -> MovieResult:
     """Make a film (.mp4 or .webm) of a story: plan its keyframes, animate its shots, join them with hard cuts.
 
     Beside the film appear its storyboard (`.storyboard.png`), its captions (`.vtt`), its manifest (`.json`) and the
-    working folder (`.work`), from which the same call goes on. UserError if the story, the preset's weights or a path
-    cannot be used, or the folder holds other work.
+    working folder (`.work`), from which the same call goes on. If `marked`, its pictures have a watermark and an MP4 is
+    signed. UserError if the story, the preset's weights, the signing key or a path cannot be used, or the folder holds
+    other work.
     """
-    _check(story, out, preset)
+    _check(story, out, preset, marked)
     work = out.with_name(f"{out.stem}.work")
-    plan_storyboard(story, work, preset, seed, on_progress)
-    return animate_storyboard(work, out, preset, seed, on_progress)
+    plan_storyboard(story, work, preset, seed, on_progress, marked=marked)
+    return animate_storyboard(work, out, preset, seed, on_progress, marked=marked)
 
 
 def plan_storyboard(
@@ -78,6 +85,7 @@ def plan_storyboard(
     seed: int = 0,
     on_progress: Progress | None = None,
     edited: bool = False,
+    marked: bool = True,
 ) -> Storyboard:
     """Plan a story's keyframes into a folder: pictures, `story.yaml` that names them, a contact sheet, a manifest.
 
@@ -85,9 +93,10 @@ def plan_storyboard(
     from what, is in every picture's file. Pictures that were put there by hand stay. UserError as for `make_movie`.
     """
     rename(story, preset.tags)  # fails early where the cast is too large
+    noted = {"marked": marked, "concerns": concerns(story)}
     paths = [out_dir / "keyframes" / f"{i:03d}.png" for i in range(len(story.shots))]
     board = Storyboard(out_dir / "storyboard.png", out_dir / "manifest.json", paths)
-    script, facts = out_dir / "story.yaml", _facts(story, seed, preset.keyframes)
+    script, facts = out_dir / "story.yaml", _facts(story, seed, preset.keyframes, marked)
 
     def keep(shot: int, recipe: str) -> Image.Image | None:
         image = _read(paths[shot])
@@ -97,6 +106,7 @@ def plan_storyboard(
     _begin(out_dir / "plan.job.json", facts, places, "story" if edited else "")
     if edited or not board.manifest.is_file() or not all(map(_read, paths)):
         planner = KeyframePlanner.from_preset(preset, _device())
+        planner.mark = _mark if marked else None
         for keyframe in planner.iterate(story, seed, on_progress, None, keep):
             if not keep(keyframe.index, keyframe.recipe):
                 told, text = {n: getattr(keyframe, n) for n in ("caption", "remembered", "recipe")}, PngInfo()
@@ -109,7 +119,7 @@ def plan_storyboard(
         if "duration" not in shot.model_fields_set:
             shot.duration = preset.video.frames / preset.video.fps
     save_story(planned, script)
-    _write_papers(board, story, preset, seed)
+    _write_papers(board, story, preset, seed, **noted)
     return board
 
 
@@ -121,6 +131,7 @@ def animate_storyboard(
     on_progress: Progress | None = None,
     again: Collection[int] = (),
     take: int = 1,
+    marked: bool = True,
 ) -> MovieResult:
     """Make a film of a folder that `plan_storyboard` wrote; its pictures and captions may have been changed since.
 
@@ -139,9 +150,9 @@ def animate_storyboard(
         if not (image := _read(keyframes[-1])):
             raise UserError(f"{keyframes[-1]}: this keyframe is missing or no picture; put it back or plan again")
         images.append(image)
-    counts, paths = _check(story, out, preset), [work / "shots" / f"{i:03d}.tiff" for i in range(len(images))]
+    counts, paths = _check(story, out, preset, marked), [work / "shots" / f"{i:03d}.tiff" for i in range(len(images))]
     digests = [sha256(image.tobytes()).hexdigest() for image in images]
-    facts = _facts(story, seed, preset.video) | {"keyframes": digests}
+    facts = _facts(story, seed, preset.video, marked) | {"keyframes": digests}
     picture, manifest, captions = (out.with_suffix(ending) for ending in (".storyboard.png", ".json", ".vtt"))
     result = MovieResult(picture, manifest, keyframes, out, captions)
     _begin(work / "film.job.json", facts, [work / "shots", result.manifest])
@@ -159,13 +170,17 @@ def animate_storyboard(
             with atomic(paths[index]) as part:
                 frames[0].save(part, save_all=True, append_images=frames[1:], **about)
     told = [(shot.caption, count) for shot, count in zip(story.shots, counts, strict=True)]
-    _join(paths, out, preset.video, told)
+    run = run_id(story, seed, preset)
+    _join(paths, out, preset.video, told, Watermark(int(run, 16)).embed if marked else None)
+    if signed := marked and out.suffix == ".mp4":
+        sign(out, story.title, {"run": run, "story_sha256": _digest(_script(story)), "seed": seed} | _models(preset))
     write_captions(result.captions, told, preset.video.fps)
     spans = zip(told, accumulate(counts), map(_take, paths), strict=True)
     shots = [{"start_frame": z - n, "end_frame": z, "caption": said, "take": take} for (said, n), z, take in spans]
     film: dict[str, Any] = {"file": out.name, "sha256": sha256(out.read_bytes()).hexdigest(), "frames": sum(counts)}
     film |= {"fps": preset.video.fps, "size": [preset.video.width, preset.video.height]}
-    _write_papers(result, story, preset, seed, shots=shots, film=film)
+    noted = {"run": run, "marked": marked, "signed": signed, "concerns": concerns(story)}
+    _write_papers(result, story, preset, seed, shots=shots, film=film, **noted)
     return result
 
 
@@ -181,12 +196,47 @@ def weights_identity(name: str) -> str:
     return digest.hexdigest()
 
 
-def _join(shots: list[Path], out: Path, settings: VideoSettings, told: Shots) -> None:
+def _mark(image: Image.Image, digest: str) -> Image.Image:
+    """A picture with a watermark that carries the digest's first seven digits."""
+    return Watermark(int(digest[:7], 16)).embed(image)
+
+
+def run_id(story: Story, seed: int, preset: Preset) -> str:
+    """What the watermark of a film says: the first digits of a digest of what is told, the seed and the weights.
+
+    That of a keyframe says its recipe, since an edit of the story leaves what does not depend on it.
+    """
+    weights = [weights_identity(part.weights) for part in (preset.keyframes, preset.video)]
+    return _digest([_script(story), seed, weights])[:7]
+
+
+def _script(story: Story) -> dict[str, Any]:
+    """A story without files and times: of keyframes planned and of a film made the same."""
+    return story.model_dump(mode="json", exclude={"shots": {"__all__": {"keyframe", "clip", "duration"}}})
+
+
+def _digest(facts: Any) -> str:
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _models(preset: Preset) -> dict[str, str]:
+    """Which weights draw, and under which licence, as far as a model card beside them says."""
+    told: dict[str, str] = {}
+    for part in ("keyframes", "video"):
+        name = getattr(preset, part).weights
+        cards = [card for folder in (Path(name), Path(name).parent) if (card := folder / "README.md").is_file()]
+        found = re.search(r"^license: *(\S+)", "\n".join(card.read_text(encoding="utf-8") for card in cards), re.M)
+        licence = found[1] if found else "not stated beside the weights"
+        told |= {f"{part}_model": weights_identity(name), f"{part}_licence": licence}
+    return told
+
+
+def _join(shots: list[Path], out: Path, settings: VideoSettings, told: Shots, mark: Mark | None) -> None:
     """Write the film with hard cuts."""
     with film_writer(out, settings.width, settings.height, settings.fps, shots=told) as add:
         for path in shots:
             for frame in _frames(path):
-                add(frame)
+                add(mark(frame) if mark else frame)
 
 
 def _frames(shot: Path) -> list[Image.Image]:
@@ -199,12 +249,15 @@ def _take(shot: Path) -> int:
         return int(frames.getexif()[IMAGEDESCRIPTION])
 
 
-def _check(story: Story, out: Path, preset: Preset) -> list[int]:
+def _check(story: Story, out: Path, preset: Preset, marked: bool) -> list[int]:
     """Frames of the shots, after what can be found wrong before the work."""
     check_weights(preset.video.weights, "video")
+    concerns(story)
     if out.suffix not in CODECS:
         raise UserError(f"{out}: films are written as H.264 or VP9; give a name that ends in {' or '.join(CODECS)}")
     writable(out)
+    if marked:
+        signing_key()
     return [shot_frames(shot, preset.video) for shot in story.shots]
 
 
@@ -228,12 +281,12 @@ def _begin(job: Path, facts: dict[str, Any], places: list[Path], free: str = "")
         sweep(place)
 
 
-def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings) -> dict[str, Any]:
+def _facts(story: Story, seed: int, settings: KeyframeSettings | VideoSettings, marked: bool) -> dict[str, Any]:
     """What makes work the same: if one of these differs, so do the pictures."""
     told = story.model_dump(mode="json", exclude_unset=True, exclude={"shots": {"__all__": {"keyframe", "clip"}}})
     numbers = asdict(settings)
     numbers |= {key: weights_identity(numbers[key]) for key in ("weights", "towers") if key in numbers}
-    return {"story": told, "seed": seed, "cinema": version("cinema")} | numbers
+    return {"story": told, "seed": seed, "cinema": version("cinema"), "marked": marked} | numbers
 
 
 def _write_papers(board: Storyboard, story: Story, preset: Preset, seed: int, **more: Any) -> None:

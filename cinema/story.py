@@ -118,7 +118,7 @@ def load_story(path: str | Path) -> Story:
 
 def load_cast(path: Path) -> list[Character]:
     """The `cast` of a YAML file, a story or nothing but a character bank; UserError as for `load_story`."""
-    return _parse(read_text(path, "a cast in YAML"), str(path), _Bank).cast
+    return parse_form(read_text(path, "a cast in YAML"), str(path), _Bank).cast
 
 
 def read_text(path: Path, wanted: str) -> str:
@@ -132,10 +132,11 @@ def read_text(path: Path, wanted: str) -> str:
 
 def parse_story(text: str, name: str = "story") -> Story:
     """Read a story from YAML text; `name` stands for the file in messages. Raises UserError as `load_story` does."""
-    return _parse(text, name, Story)
+    return parse_form(text, name, Story)
 
 
-def _parse(text: str, name: str, form: type[Form]) -> Form:
+def parse_form(text: str, name: str, form: type[Form]) -> Form:
+    """Read one of our forms from YAML text, as `parse_story` reads a story."""
     try:
         node, data = yaml.compose(text, yaml.CSafeLoader), yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
@@ -143,7 +144,8 @@ def _parse(text: str, name: str, form: type[Form]) -> Form:
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{name}{where}: not valid YAML ({problem}); correct it there") from None
     if node is None or not isinstance(data, dict):
-        raise UserError(f"{name}: not a story; it needs title, cast, sets and shots")
+        needs = " and ".join(field for field, about in form.model_fields.items() if about.is_required())
+        raise UserError(f"{name}: not a {form.__name__.strip('_').lower()}; it needs {needs}")
     try:
         return form.model_validate(data)
     except ValidationError as error:

@@ -8,7 +8,7 @@ import os
 import random
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import yaml
 from cinema.chat import SETTINGS, AnswerError, Endpoint, Reply, connect, converse, endpoint_from_environment
 from cinema.config import TOY_NAMES
 from cinema.errors import UserError
+from cinema.policy import check_names
 from cinema.story import Story, parse_story
 from cinema.toyworld import world
 from cinema.toyworld.world import Actor, Look, Setup
@@ -53,11 +54,13 @@ def write_story(storyline: str, endpoint: Endpoint | None = None) -> WrittenStor
 
     The title is a heading line of the storyline, or its cast and first set; `endpoint`, the language model to ask, is
     the environment's, and without one the reader below is asked. UserError if the storyline says nothing that can be
-    drawn, or the model failed twice.
+    drawn, names a person whom the policy refuses, or the model failed twice.
     """
     if endpoint is None and os.environ.get(SETTINGS[0]):
         endpoint = endpoint_from_environment(SETTINGS[::2])  # some servers ask for no key
-    return _ask(endpoint, storyline) if endpoint else _read(storyline)
+    noted = check_names(storyline)
+    written = _ask(endpoint, storyline) if endpoint else _read(storyline)
+    return replace(written, understood=[*noted, *written.understood])
 
 
 def caption_faults(story: Story) -> list[str]:

@@ -19,6 +19,7 @@ from cinema.config import Preset
 from cinema.curation import GroundTruthAnnotator
 from cinema.errors import UserError
 from cinema.movie import animate_storyboard, make_movie, plan_storyboard, weights_identity
+from cinema.provenance import verify
 from cinema.story import Character, Shot, Story, load_story, save_story
 
 CAPTIONS = ["wide shot, forest. <ada> left, jumping.", "close shot, city. <bo> right, jumping.", "wide shot, city."]
@@ -73,6 +74,27 @@ def test_a_film_has_its_shots_and_its_papers(film: Path) -> None:
         assert [chapter["metadata"]["title"] for chapter in container.chapters()] == CAPTIONS
     cues = film.with_suffix(".vtt").read_text().split("\n\n")
     assert len(cues) == 4 and cues[1].endswith(CAPTIONS[0].replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def test_a_film_is_marked_and_signed_unless_that_is_switched_off(film: Path, preset: Preset, tmp_path: Path) -> None:
+    verdict, manifest = verify(film), json.loads(film.with_suffix(".json").read_text())
+    assert verdict.watermark and verdict.payload == manifest["run"] == verdict.told["run"]
+    assert verdict.credentials == "valid" and manifest["signed"] and manifest["concerns"] == []
+    assert verdict.told["keyframes_model"] == manifest["weights"]["keyframes"] and verdict.told["seed"] == 5
+    keyframe = verify(film.with_suffix(".work") / "keyframes" / "001.png")
+    assert keyframe.payload == manifest["keyframes"][1]["recipe"][:7] and keyframe.credentials == "absent"
+    plain = make_movie(story(), tmp_path / "plain.mp4", preset, 5, marked=False)
+    verdict = verify(plain.film)
+    assert not verdict.watermark and verdict.credentials == "absent"
+    assert not verify(plain.keyframes[1]).watermark and not json.loads(plain.manifest.read_text())["signed"]
+
+
+def test_a_story_with_a_real_person_is_not_begun(preset: Preset, tmp_path: Path) -> None:
+    told = story(["wide shot, forest. <ada> left, and Tom Hanks."])
+    for begin in (make_movie, plan_storyboard):
+        with pytest.raises(UserError, match="Tom Hanks is a real person"):
+            begin(told, tmp_path / "film.mp4", preset)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_killed_twice_it_ends_with_the_same_film(film: Path, preset: Preset, tmp_path: Path) -> None:
