@@ -152,7 +152,7 @@ def code_lines(path: Path) -> int:
 
 def test_package_is_small() -> None:
     lines = sum(code_lines(path) for path in modules())
-    assert lines < 6_850, f"{lines} lines of code"
+    assert lines < 7_450, f"{lines} lines of code"
 
 
 def test_jaxtyping_signatures_are_not_postponed() -> None:
