@@ -46,6 +46,7 @@ class Work:
     causal: bool = False  #: pairs see themselves and earlier ones; else all see all
     rank: int = 16  #: of the adapters
     device: Literal["cuda", "cpu"] = "cuda"  #: whose memory it is
+    shards: int = 1  #: processes that share weights, gradients and moments; the block at work, whole in each, is extra
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,18 @@ def flops(config: Mapping[str, Any], sides: Sequence[int], text: int, work: Work
 
 
 def peak_bytes(config: Mapping[str, Any], sides: Sequence[int], text: int, work: Work) -> int:
-    """Most memory at a time, with one story in a batch; weights are bfloat16.
+    """Most memory of a process at a time, with one story in a batch; weights are bfloat16. It is :eq:`eq-peak`.
 
     Trained as :mod:`cinema.training` does it: float32 masters, their average and Adam's moments, cast to bfloat16 for
     the call. The peak is where the backward pass begins and all is kept, or where it ends and all gradients are there.
     """
-    weights, width = parameters(config), _width(config) * _tokens(sides, text) * HALF
+    weights, width = parameters(config) // work.shards, _width(config) * _tokens(sides, text) * HALF
     if work.train == "no":
         return weights * HALF + FORWARD * width
     single, double = KEPT[work.train, work.device]
     blocks = config["num_single_layers"], config["num_layers"]
     kept = (sum(blocks) + single if work.recompute else blocks[0] * single + blocks[1] * double) * width
-    adapters = sum(x.adapter(work.rank) for x in linears(config))
+    adapters = sum(x.adapter(work.rank) for x in linears(config)) // work.shards
     frozen, trained = (0, weights) if work.train == "full" else (weights, adapters)
     most = max(trained * HALF + kept + BACKWARD * width, trained * SINGLE)
     return frozen * HALF + trained * STATES * SINGLE + most

@@ -151,6 +151,14 @@ def test_what_is_counted_is_what_is_built(pairs: int, group: int, preset) -> Non
     assert sorted(layout.sides, reverse=True) == list(reversed(layout.sides))
 
 
+@pytest.mark.parametrize("work", [Work(), Work("lora", recompute=True), Work("full", recompute=True)], ids=str)
+def test_shared_weights_are_divided_among_processes_and_activations_are_not(work: Work) -> None:
+    sides, empty = [25] * 8, peak_bytes(FLUX_1_DEV, [], 128, work)
+    eight, alone = (peak_bytes(FLUX_1_DEV, sides, 128, replace(work, shards=n)) for n in (8, 10**12))
+    assert peak_bytes(FLUX_1_DEV, [], 128, replace(work, shards=8)) == pytest.approx(empty / 8, rel=1e-6)
+    assert alone > 2**30 and eight - alone == pytest.approx(empty / 8, rel=0.11)  # gradients: 2 bytes then, 4 later
+
+
 def test_a_causal_story_and_adapters_cost_less_and_recomputing_more_but_needs_less_memory() -> None:
     sides, full = [25] * 8, Work("full")
     cost = {

@@ -9,11 +9,13 @@ import pytest
 import tiny
 import torch
 import yaml
+from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file
 
 from cinema.config import TOY
 from cinema.training import train
 from cinema.training.keyframes import KeyframeTask
+from cinema.transformer import InterleavedFluxTransformer
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SHAPE = {"double": 1, "single": 2, "heads": 2, "head_dim": 24, "text": 32}
@@ -49,7 +51,21 @@ def trained_alike(folder: Path, name: str) -> bool:
     moved = max((one[k] - start[k]).abs().max().item() for k in one if k.startswith("model."))
     apart = max((one[k] - own[k]).abs().max().item() for k in one if not k.startswith("optimizer."))
     assert one.keys() == own.keys() and moved > 1e-4
-    return apart < 0.01 * moved
+    return apart < 0.02 * moved  # sums in another order; Adam's first steps make much of gradients near zero
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "shape"),
+    [
+        ("fsdp2.yaml", InterleavedFluxTransformer, {"num_layers": 1, "num_single_layers": 1}),
+        ("fsdp2-ltx.yaml", LTXVideoTransformer3DModel, {"num_layers": 1}),
+    ],
+)
+def test_what_is_shared_block_by_block_are_blocks_of_the_model(name: str, model: type, shape: dict[str, int]) -> None:
+    settings = yaml.safe_load((Path(__file__).parents[1] / "configs" / "accelerate" / name).read_text())
+    with torch.device("meta"):
+        blocks = {type(module).__name__ for module in model(**shape).modules()}
+    assert {*settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")} <= blocks
 
 
 def launch(*arguments: object, **environment: str) -> None:
@@ -71,8 +87,10 @@ def test_two_halves_of_a_model_train_and_resume_as_one(folder: Path) -> None:
     told = {k.upper(): str(v).lower() if isinstance(v, bool) else str(v) for k, v in settings["fsdp_config"].items()}
     told["FSDP_TRANSFORMER_CLS_TO_WRAP"] = told.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
     told |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    launch(Path(__file__).with_name("sharded.py"), folder / "run.yaml", folder / "shards", **told)
+    passes = yaml.safe_load((folder / "run.yaml").read_text()) | {"accumulate": 2}
+    (folder / "passes.yaml").write_text(yaml.safe_dump(passes))
+    launch(Path(__file__).with_name("sharded.py"), folder / "passes.yaml", folder / "shards", **told)
     assert trained_alike(folder, "shards")
     (folder / "shards" / "checkpoint-0000004.safetensors").unlink()
-    launch(Path(__file__).with_name("sharded.py"), folder / "run.yaml", folder / "shards", **told)
+    launch(Path(__file__).with_name("sharded.py"), folder / "passes.yaml", folder / "shards", **told)
     assert trained_alike(folder, "shards") and (folder / "shards" / "weights" / "model_index.json").is_file()

@@ -124,15 +124,13 @@ class KeyframeTask(FilmTask):
         shape, side = transformer_config(config.init), settings.height // PATCH
         work = Work(recompute=bool(told.get("recompute")), device="cuda" if torch.cuda.is_available() else "cpu")
         work = replace(work, train="lora", rank=told["lora"]) if told.get("lora") else replace(work, train="full")
+        work = replace(work, shards=processes if sharded else 1)
         sizes, most = levels(side, settings.memory_levels, settings.memory_ratio), 0
         for stage in config.stages:
             sides = [sizes[i // (stage.group or stage.pairs)] for i in range(stage.pairs)]
             windows = max(1, stage.batch // (config.accumulate * processes))
             most = max(most, peak_bytes(shape, sides * windows, settings.text_tokens, work))
-        if sharded:
-            weights = peak_bytes(shape, [], settings.text_tokens, work)
-            most -= weights - weights // processes
-        return most - bool(told.get("quantise")) * parameters(shape) * 3 // 2  # half a byte for two
+        return most - bool(told.get("quantise")) * parameters(shape) // work.shards * 3 // 2  # half a byte for two
 
     def build(self) -> KeyframeLearner:
         """A transformer, and the planner that it is to draw for."""

@@ -381,7 +381,8 @@ def one_step(run: Run, stage: Stage, batches: list[Any]) -> dict[str, float]:
     parts = list[dict[str, Tensor]]()
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with nullcontext() if last else run.accelerator.no_sync(run.model):
+        alone = not last and not run.sharded  # each process would hold the whole gradient of shared weights
+        with run.accelerator.no_sync(run.model) if alone else nullcontext():
             loss, figures = run.task.loss(run.model, stage, batch)
             run.accelerator.backward(loss / len(batches))
         parts.append({"loss": loss.detach(), **figures})
