@@ -1,7 +1,7 @@
 """Presets: every number of the package that depends on how much machine there is.
 
 A preset changes numbers, never code paths. `toy` runs on two CPU cores with the weights in the package;
-`small` on one 16-24 GB GPU; `flux` is FLUX.1-dev and LTX-Video on 80 GB.
+`small` on one 48 GB GPU; `flux` is FLUX.1-dev and LTX-Video on 80 GB.
 """
 
 import os
