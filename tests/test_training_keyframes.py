@@ -284,6 +284,15 @@ def test_moments_of_eight_bits_and_a_base_of_four_train_and_resume(base: dict[st
     assert all(torch.equal(own[k], resumed[k].float()) for k in own if "lora" in k)
 
 
+def test_films_that_are_too_short_for_a_stage_are_counted(base: dict[str, str]) -> None:
+    config = config_of(base)
+    task = make_task("keyframes", 0, config.init, config.options)
+    assert isinstance(task, KeyframeTask) and task.films.lengths == [6, 6]
+    task.films.lengths[1] = 2
+    with pytest.warns(UserWarning, match="1 of 2 films have fewer than 4 shots and are left out"):
+        task.check(Stage(steps=1, batch=1, pairs=4))
+
+
 def test_what_cannot_be_trained_is_said_before_anything_is(base: dict[str, str], tmp_path: Path) -> None:
     def refused(words: str, **changes: object) -> None:
         config = config_of(base, **changes)

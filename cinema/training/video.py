@@ -129,7 +129,6 @@ class VideoTask(FilmTask):
 
     def check(self, stage: Stage) -> None:
         """As in `Task`."""
-        super().check(stage)
         longest, most = max(self.films.lengths), self.settings.window
         if stage.pairs > min(longest, most):
             raise UserError(f"{stage.pairs} shots, but a window has {most} at most and the longest film {longest}")
@@ -137,6 +136,7 @@ class VideoTask(FilmTask):
             raise ValueError("keyframes outside need levels; set options.memory.memory_levels to 2 or more")
         if stage.untold:
             raise ValueError("untold is of keyframe models; leave it away")
+        super().check(stage)
 
     def lines(self, film: int, shots: range, every: Sequence[str] = ()) -> list[str]:
         """Captions of a window as the animator tells them: the global one, then each shot's own, of `every` caption."""
