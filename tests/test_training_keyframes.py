@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -287,8 +288,8 @@ def test_moments_of_eight_bits_and_a_base_of_four_train_and_resume(base: dict[st
 def test_films_that_are_too_short_for_a_stage_are_counted(base: dict[str, str]) -> None:
     config = config_of(base)
     task = make_task("keyframes", 0, config.init, config.options)
-    assert isinstance(task, KeyframeTask) and task.films.lengths == [6, 6]
-    task.films.lengths[1] = 2
+    assert isinstance(task, KeyframeTask)
+    vars(task)["films"] = SimpleNamespace(lengths=[6, 2])
     with pytest.warns(UserWarning, match="1 of 2 films have fewer than 4 shots and are left out"):
         task.check(Stage(steps=1, batch=1, pairs=4))
 
