@@ -253,7 +253,10 @@ def test_the_stress_test_compares_memories_and_goes_on_where_it_stopped(tmp_path
         (30, "full"),
     ]
     assert rows[0]["tflop"] == rows[1]["tflop"] and rows[2]["tflop"] < 0.5 * rows[3]["tflop"]
-    assert json.loads(path.read_text()) == rows and {"pairs", "memory", "sets", "ci95"} < {*rows[0]}
+    other = stress(TOY.remembering(retrieval="clip"), (4,), 3, 0, path)
+    assert len(asked) == 7 and json.loads(path.read_text()) == other + rows, "rows of other settings stay beside"
+    assert stress(TOY, (30, 4), 3, 0, path) == rows[2:] + rows[:2] and len(asked) == 7
+    assert {"pairs", "memory", "sets", "ci95"} < {*rows[0]}
 
 
 def test_figures_that_fall_are_named() -> None:

@@ -2,9 +2,11 @@
 
 The control remembers another story: who is still right in it, is so by chance."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +107,8 @@ def stress(
         chosen, done, name = preset.remembering(**settings), len(rows), f"{count} pairs, {memory}"
         row: dict[str, Any] = {"pairs": count, "memory": memory, "stories": stories, "seed": seed, "weights": weights}
         row["tflop"] = table(chosen.keyframes, [count])[0].goldenmem_flops / 1e12
+        told = repr(replace(chosen.keyframes, weights="", towers=weights_identity(chosen.keyframes.towers)))
+        row["settings"] = hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
 
         def tell(at: int, of: int, message: str, done: int = done, name: str = name) -> None:
             on_progress(done * 1000 + 1000 * at // of, total * 1000, f"{name}: {message}")
@@ -115,8 +119,8 @@ def stress(
             found = row | {name: figures[name] for name in STRESSED}
             found["ci95"] = {name: figures["ci95"][name] for name in STRESSED}
         rows.append(found)
-        if out:
-            write_json(out, rows)
+        if out:  # what was there stays until all is done
+            write_json(out, rows + [old for old in kept if old not in rows])
     return rows
 
 
