@@ -1,6 +1,7 @@
 # Two commands matter: `make book` and `make test`. Everything lives in $(VENV); nothing else on the machine changes.
 VENV ?= .venv
 STORY ?=
+SMALL ?=
 NB_TIMEOUT ?= 900
 # The first interpreter that is new enough and can make a virtual environment; `make PYTHON=…` chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -12,7 +13,7 @@ SOURCES = $(shell find cinema notebooks -type f ! -path '*/films/*' ! -path '*/.
 FILM = films/$(basename $(notdir $(STORY))).mp4
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint movie clean
+.PHONY: help book test lint ledger movie clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 8
@@ -34,6 +35,9 @@ lint: $(STAMP)  ## only ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+ledger: $(STAMP)  ## measure what the claims ledger is missing (hours); a little of everything with SMALL=1
+	$(BIN)/python book/_ext/ledger.py $(if $(SMALL),--small)
 
 movie: $(STAMP)  ## a film from a story: make movie STORY=cinema/stories/NAME.yaml
 	@test -n "$(STORY)" || { echo "make movie: say which story, e.g. make movie STORY=$(firstword $(wildcard cinema/stories/*))"; exit 1; }

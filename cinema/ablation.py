@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import accumulate, combinations_with_replacement, pairwise
 from pathlib import Path
+from shutil import copy
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -61,7 +62,10 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "levels": {str(count): {"memory_levels": count} for count in (4, 3, 2, 1)},
     "rope": {"same extent": {"memory_extent": True}, "raw": {"memory_extent": False}},
     "words": {"looks told": {}, "looks untold": {UNTOLD: True}, "looks told, pictures noise": {"context_sigma": 1.0}},
-    "sigma": {str(sigma): {"context_sigma": sigma} for sigma in (0.05, 0.001, 0.25, 0.5, 0.75, 1.0)},
+    "sigma": {
+        str(sigma): {"context_sigma": sigma, "retrieval": "clip", "memory_levels": 2, UNTOLD: True}
+        for sigma in (0.05, 0.001, 0.25, 0.5, 0.75, 1.0)
+    },
     "mask": {
         f"{trained}, {mask}, {n} together": {"mask": mask, "window": n, TRAINED: {"memory": {"mask": trained}}}
         for trained in ("causal", "full")
@@ -174,7 +178,8 @@ def _tuned(preset: Preset, trained: dict[str, Any], steps: int, seed: int, out: 
     shares, kinds = zip(*told.pop("stages", [(1.0, LONG)]), strict=True)
     ends = [round(steps * end) for end in accumulate(shares, initial=0.0)]
     stages = [Stage(steps=b - a, **own) for (a, b), own in zip(pairwise(ends), kinds, strict=True)]
-    options = {"preset": preset.name, "cache": str(out / "cache"), "movies": MOVIES, "shots": 24, "shift": 3.0}
+    movies = min(MOVIES, steps * FOUR["batch"])  # encoded before the first step, more than steps draw for nothing
+    options = {"preset": preset.name, "cache": str(out / "cache"), "movies": movies, "shots": 24, "shift": 3.0}
     rates = {"init": base, "lr": 2e-4, "muon_lr": 3e-3}
     if told.pop(FRESH, False):
         rates = {"init": None, "lr": 8e-4, "muon_lr": 1.2e-2}
@@ -191,23 +196,26 @@ def _tuned(preset: Preset, trained: dict[str, Any], steps: int, seed: int, out: 
 
 
 def _kept(path: Path, preset: Preset, changes: dict[str, Any], *rest: Any) -> dict[str, Any]:
-    """What `_judge` gives, or what a file says that it gave for the same settings and weights."""
-    settings = asdict(preset.keyframes)
+    """What `_judge` gives, or what a file beside says that it gave for the same settings and weights, by any name."""
+    untold = changes.pop(UNTOLD, False)
+    chosen = _changed(preset, changes)
+    settings = asdict(chosen.keyframes)
     settings |= {name: weights_identity(settings[name]) for name in ("weights", "towers")}
-    request = json.loads(json.dumps([settings, preset.dtype, changes, *rest[:-1]]))
-    if path.is_file() and (told := json.loads(path.read_text(encoding="utf-8")))["request"] == request:
-        return told["result"]
-    result = _judge(preset, changes, *rest)
+    request = json.loads(json.dumps([settings, preset.dtype, untold, *rest[:-1]]))
+    for kept in (path, *path.parent.glob("*.json")):  # rows of other ablations may be the same
+        if kept.is_file() and (told := json.loads(kept.read_text(encoding="utf-8"))).get("request") == request:
+            if kept != path:
+                copy(kept.with_suffix(".png"), path.with_suffix(".png"))
+                write_json(path, told)
+            return told["result"]
+    result = _judge(chosen, untold, *rest)
     save_sheet(path.with_suffix(".png"), (sheet := result.pop("pictures")), len(sheet) // 2)
     write_json(path, {"request": request, "result": result})
     return result
 
 
-def _judge(
-    preset: Preset, changes: dict[str, Any], stories: int, seed: int, shots: int, tell: Progress
-) -> dict[str, Any]:
+def _judge(chosen: Preset, untold: bool, stories: int, seed: int, shots: int, tell: Progress) -> dict[str, Any]:
     """Per film, of so many shots after the return: whether each who comes back is as before, and nearness in dB."""
-    chosen = _changed(preset, {name: value for name, value in changes.items() if name != UNTOLD})
     planner, told, shown = (
         KeyframePlanner.from_preset(chosen, DEVICE),
         dict[str, Any](identity=[], psnr=[]),
@@ -215,7 +223,7 @@ def _judge(
     )
     for i in range(stories):
         movie, known = _return(f"heldout/{seed}/{i}", shots, chosen.keyframes)
-        story, captions = movie.story(movie.cast if UNTOLD in changes else ()), movie.captions()
+        story, captions = movie.story(movie.cast if untold else ()), movie.captions()
         planned = planner.plan(story, 10_000 * seed + i, None, known)
         images = [None if k.index in known else k.image for k in planned]
         told["identity"].append(score_keyframes(captions, images).identity)

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cinema.ablation
-from cinema.ablation import ABLATIONS, LEARNED, SHOTS, ablate, learn_ratio
+from cinema.ablation import ABLATIONS, LEARNED, SHOTS, UNTOLD, ablate, learn_ratio
 from cinema.cli import main
 from cinema.config import TOY, Preset
 from cinema.errors import UserError
@@ -54,6 +54,9 @@ def test_rows_are_judged_compared_and_kept(tmp_path: Path, monkeypatch: pytest.M
         assert sheet.size == (2 * 256, 2 * 128)  # two films: what is real, and below it what was planned
     monkeypatch.setattr(KeyframePlanner, "plan", lambda *_: pytest.fail("a row was done twice"))
     assert ablate(QUICK, "levels", stories=2, seeds=(0, 1), out=tmp_path) == told
+    monkeypatch.setitem(ABLATIONS, "group", {"4": {"memory_levels": 4}})  # the same memory by another name
+    assert list(ablate(QUICK, "group", stories=2, seeds=(0, 1), out=tmp_path)["rows"].values()) == [first]
+    assert (tmp_path / "group-4-1.png").read_bytes() == (tmp_path / "levels-4-1.png").read_bytes()
     with pytest.raises(pytest.fail.Exception, match="done twice"):  # of other settings nothing is kept
         ablate(replace(QUICK, keyframes=replace(QUICK.keyframes, steps=3)), "levels", 2, (0, 1), tmp_path)
 
@@ -68,7 +71,7 @@ def test_captions_tell_no_looks_where_they_are_untold(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(KeyframePlanner, "plan", plan)
     for name in ("looks told", "looks untold"):
-        cinema.ablation._judge(QUICK, ABLATIONS["words"][name], 1, 0, 1, quiet)
+        cinema.ablation._judge(QUICK, UNTOLD in ABLATIONS["words"][name], 1, 0, 1, quiet)
     told, untold = heard.values()
     assert sum(": " in line for line in told) > 3 and not any(": " in line for line in untold)
     assert [line.split(":")[0].split(".")[0] for line in told] == [line.split(".")[0] for line in untold]

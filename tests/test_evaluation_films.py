@@ -264,6 +264,7 @@ def test_figures_that_fall_are_named() -> None:
     assert fallen(old | {"identity": 0.86}, old) == [] and fallen(old | {"sets": 0.0}, old) == []
     assert fallen([old, old | {"identity": 0.8}], [old, old]) == ["2 identity is 0.800, it was 0.850 or more"]
     assert fallen([], [old]) == ["1 identity is None, it was 0.850 or more"] and fallen({}, {}) == []
+    assert fallen([old], {}) == []
 
 
 def test_scores_of_sets_begin_with_the_second_picture() -> None:

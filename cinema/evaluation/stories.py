@@ -179,7 +179,7 @@ def fallen(now: Any, before: Any, name: str = "") -> list[str]:
     if isinstance(before, list):
         parts = {f"{name}{i + 1} ": (now[i] if i < len(now) else {}, old) for i, old in enumerate(before)}
         return [line for at, pair in parts.items() for line in fallen(*pair, at)]
-    if not isinstance(before, dict):
+    if not before or not isinstance(before, dict):
         return []
     worse, means = list[str](), now.get("mean", now)
     for figure, interval in (before.get("ci95") or {}).items():
